@@ -1,0 +1,42 @@
+# make quickstart    set up .venv and train the carry task
+# make test          set up .venv and run the tests       make test K=hooks   only those whose name matches
+# make check         ruff and the strict type checker
+# make bench         the benchmarks of the documentation, with ratios
+# make base          train the quickstart's base model anew
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+K ?=
+PYTEST_ARGS := $(if $(K),-k "$(K)") $(if $(SLOW),,-m "not slow")
+
+.PHONY: quickstart test check bench base clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/miles train --config examples/quickstart/carry.yaml
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py
+
+base: $(INSTALLED)
+	$(BIN)/python examples/quickstart/make_base.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+# Made again only when what it is made from has changed.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "miles needs Python 3.11 or newer; found %s. Set PYTHON=/path/to/python3.11." % sys.version.split()[0])'
+	@echo "setting up $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

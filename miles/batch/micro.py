@@ -1,0 +1,105 @@
+"""Which rows each optimizer step takes, and how a step is cut into micro batches.
+
+Inside a step, rows are sorted by length, so that the rows of one micro batch are about equally long: attention then
+pads little, and token budgets fill well. Neither the loss nor its gradient depends on the cut (sums over samples);
+results of passes come back in the order of the batch with `ragged.put_back`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from miles.batch.ragged import IntArray
+from miles.batch.seqlen_balancing import get_seqlen_balanced_partitions
+from miles.errors import UsageError
+
+
+def step_rows(num_rows: int, rows_per_step: int) -> list[IntArray]:
+    """Consecutive rows of this rank per optimizer step; rows that fill no whole step are left out.
+
+    Example: 7 rows, 3 per step: [0, 1, 2], [3, 4, 5].
+    """
+    assert rows_per_step >= 1, f"rows_per_step must be >= 1, got {rows_per_step}"
+    return [
+        np.arange(start, start + rows_per_step, dtype=np.int64)
+        for start in range(0, num_rows - rows_per_step + 1, rows_per_step)
+    ]
+
+
+def by_count(rows: IntArray, lengths: IntArray, micro_batch_size: int) -> list[IntArray]:
+    """Micro batches of `micro_batch_size` rows (`--micro-batch-size`), sorted by length; the last may be smaller.
+
+    `lengths` are those of the whole batch, `rows` the part of it to cut.
+    """
+    assert micro_batch_size >= 1, f"micro_batch_size must be >= 1, got {micro_batch_size}"
+    ordered = sorted_by_length(rows, lengths)
+    return [ordered[start : start + micro_batch_size] for start in range(0, len(ordered), micro_batch_size)]
+
+
+def by_tokens(
+    rows: IntArray,
+    lengths: IntArray,
+    max_tokens: int,
+    *,
+    at_least: int = 1,
+    name_of: Callable[[int], str] = "row {}".format,
+) -> list[IntArray]:
+    """Micro batches of at most `max_tokens` tokens (`--max-tokens-per-gpu` times the context-parallel size).
+
+    As few as first-fit decreasing needs, but no fewer than `at_least` (what the data-parallel rank with the most needs:
+    all ranks must run equally many), balanced where that stays in the budget. UsageError names a row that alone is
+    longer than the budget, or says that there are fewer rows than `at_least`.
+    """
+    for row in rows[lengths[rows] > max_tokens][:1].tolist():
+        raise UsageError(
+            f"{name_of(row)} has {lengths[row]} tokens, more than one micro batch may hold: --max-tokens-per-gpu is "
+            f"{max_tokens}. Raise it, or lower --rollout-max-response-len."
+        )
+    if len(rows) < at_least:
+        raise UsageError(
+            f"{len(rows)} rows cannot fill the {at_least} micro batches that another data-parallel rank needs. Raise "
+            "--max-tokens-per-gpu, or give --balance-data."
+        )
+    ordered = sorted_by_length(rows, lengths)
+    bins = first_fit_decreasing(ordered, lengths, max_tokens)
+    number = max(len(bins), at_least)
+    if number == 0:
+        return []
+    parts = get_seqlen_balanced_partitions(lengths[ordered].tolist(), number, equal_size=False)
+    balanced = [ordered[part] for part in parts]
+    if all(int(lengths[part].sum()) <= max_tokens for part in balanced):
+        return balanced
+    while len(bins) < number:  # halve the bin with the most rows until there are enough
+        bins.sort(key=len)
+        largest = bins.pop()
+        bins += [largest[::2], largest[1::2]]
+    return [np.array(part, dtype=np.int64) for part in bins]
+
+
+def num_by_tokens(rows: IntArray, lengths: IntArray, max_tokens: int) -> int:
+    """How many micro batches `by_tokens` makes of these rows: what ranks compare before they cut."""
+    return len(first_fit_decreasing(sorted_by_length(rows, lengths), lengths, max_tokens))
+
+
+def first_fit_decreasing(ordered: IntArray, lengths: IntArray, max_tokens: int) -> list[list[int]]:
+    """Longest row first, each into the first bin with room. A row that is longer than the budget gets its own."""
+    bins: list[list[int]] = []
+    room = np.empty(len(ordered), dtype=np.int64)
+    for row in ordered[::-1].tolist():
+        length = lengths[row]
+        fits = np.flatnonzero(room[: len(bins)] >= length)
+        k = int(fits[0]) if len(fits) else len(bins)
+        if k == len(bins):
+            bins.append([])
+            room[k] = max_tokens
+        bins[k].append(row)
+        room[k] -= length
+    return bins
+
+
+def sorted_by_length(rows: IntArray, lengths: IntArray) -> IntArray:
+    """Shortest first; equal lengths in the order of the batch."""
+    rows = np.asarray(rows, dtype=np.int64)
+    return rows[np.argsort(lengths[rows], kind="stable")]

@@ -1,0 +1,82 @@
+"""Rows of a batch as one packed micro batch: what a model's forward pass and a loss need, as flat tensors.
+
+Rows stand one after another without padding, `cu_seqlens` says where each begins. Tokens never see another row:
+position ids start at 0 in every row, and the attention of the backend cuts at `cu_seqlens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles.batch.ragged import IntArray, offsets_of, places_of
+from miles.batch.types import TrainBatch
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """n rows with T tokens, R of them response tokens, on one device.
+
+    Example, rows [12, 9, 4, 5] (two response tokens) and [12, 8, 6] (one)::
+
+        tokens = [12, 9, 4, 5, 12, 8, 6]    cu_seqlens = [0, 4, 7]    position_ids = [0, 1, 2, 3, 0, 1, 2]
+        predicting = [1, 2, 5]    targets = [4, 5, 6]    response_lengths = [2, 1]    sample_ids = [0, 0, 1]
+
+    The state at `predicting[r]` (the place t - 1) predicts the response token `targets[r]` (at place t).
+    """
+
+    rows: IntArray  # int64 [n], the rows of the batch they came from
+    tokens: Tensor  # int64 [T]
+    position_ids: Tensor  # int64 [T]
+    cu_seqlens: Tensor  # int32 [n + 1]
+    max_seqlen: int
+    total_lengths: list[int]
+    response_lengths: list[int]
+    predicting: Tensor  # int64 [R], places in tokens
+    targets: Tensor  # int64 [R], token ids
+    sample_ids: Tensor  # int64 [R], which of the n rows each response token belongs to
+    loss_mask: Tensor  # int32 [R]
+    response_places: Tensor  # int64 [R], places of these response tokens in the batch's flat response columns
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def column(self, flat: Tensor) -> Tensor:
+        """This micro batch's part of a response column of the whole batch: [R of the batch] -> [R]."""
+        return flat[self.response_places.to(flat.device)].to(self.tokens.device)
+
+
+def pack(batch: TrainBatch, rows: Sequence[int] | IntArray, *, device: torch.device | str = "cpu") -> PackedBatch:
+    """Lay out the given rows of `batch` for one forward pass."""
+    rows = np.asarray(rows, dtype=np.int64)
+    total_lengths, response_lengths = batch.total_lengths[rows], batch.response_lengths[rows]
+    cu_seqlens = offsets_of(total_lengths)
+    num_tokens = int(cu_seqlens[-1])
+    position_ids = np.arange(num_tokens, dtype=np.int64) - np.repeat(cu_seqlens[:-1], total_lengths)
+    tokens = batch.tokens[places_of(batch.token_offsets, rows)]
+    # Place of the first response token of each row, less where its response starts among all response tokens.
+    shift = cu_seqlens[1:] - response_lengths - offsets_of(response_lengths)[:-1]
+    responding = np.arange(int(response_lengths.sum()), dtype=np.int64) + np.repeat(shift, response_lengths)
+    places = places_of(batch.response_offsets, rows)
+
+    def put(array: np.typing.NDArray[np.int64] | np.typing.NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return PackedBatch(
+        rows=rows,
+        tokens=put(tokens),
+        position_ids=put(position_ids),
+        cu_seqlens=put(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(total_lengths.max(initial=0)),
+        total_lengths=total_lengths.tolist(),
+        response_lengths=response_lengths.tolist(),
+        predicting=put(responding - 1),
+        targets=put(tokens[responding]),
+        sample_ids=put(np.repeat(np.arange(len(rows), dtype=np.int64), response_lengths)),
+        loss_mask=put(batch.loss_masks[places]),
+        response_places=put(places),
+    )

@@ -1,0 +1,270 @@
+"""How a setting is declared: one field of a section = one flag = one attribute of `args`.
+
+`flag(default, help, ...)` carries what the annotation cannot say; the rest follows from the annotation:
+
+    int, float, str          one value                        --lr 1e-6
+    list[int], list[str]     several values                   --rollout-stop END STOP
+    Literal["a", "b"]        one of these                     --loss-type sft_loss
+    dict[str, Any]           JSON                             --apply-chat-template-kwargs '{"k": 1}'
+    dict[str, str]           NAME=VALUE pairs, repeatable     --hook-policy custom-rm=drop
+    bool, default False      a switch                         --group-rm
+    bool, default True       a switch that turns it off       --disable-rewards-normalization
+    bool | None              both, unset by default           --offload-train / --no-offload-train
+
+Each `Flag` reads its own values (from text, from a YAML node's scalars) and checks them beside the field. What depends
+on several flags is left to `miles.config.resolve`, the command line to `miles.config.parse`.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from miles.errors import FlagError
+
+Kind = Literal["int", "float", "str", "json", "pairs", "true", "false", "either"]
+
+
+class _Required:
+    """The default of a flag that has none."""
+
+    def __repr__(self) -> str:
+        return "(required)"
+
+
+REQUIRED: Any = _Required()
+
+
+# ---- what becomes of a flag that is given explicitly --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Status:
+    """`effective`; `no_meaning_here`: one notice when given; `not_built`: refused when given, with `sentence`.
+
+    `when` narrows the last two to some values; without it they hold for every value that is not the default.
+    """
+
+    kind: Literal["effective", "no_meaning_here", "not_built"] = "effective"
+    sentence: str = ""
+    when: Callable[[Any], bool] | None = None
+
+    def applies_to(self, value: Any, default: Any) -> bool:
+        if self.kind == "effective":
+            return False
+        return self.when(value) if self.when is not None else value != default
+
+
+EFFECTIVE = Status()
+
+
+def no_meaning_here(sentence: str, *, when: Callable[[Any], bool] | None = None) -> Status:
+    return Status("no_meaning_here", sentence, when)
+
+
+def not_built(sentence: str, *, when: Callable[[Any], bool] | None = None) -> Status:
+    return Status("not_built", sentence, when)
+
+
+def above(limit: float) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value > limit
+
+
+def other_than(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value not in values
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """`expected` completes the sentence "expected ..., got 0."."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(limit: float) -> Check:
+    return Check(f"a value >= {limit}", lambda v: v >= limit)
+
+
+def more_than(limit: float) -> Check:
+    return Check(f"a value > {limit}", lambda v: v > limit)
+
+
+def between(low: float, high: float) -> Check:
+    return Check(f"a value from {low} to {high}", lambda v: low <= v <= high)
+
+
+FRACTION = Check("a value > 0 and <= 1", lambda v: 0 < v <= 1)
+TOP_K = Check("a value >= 1, or -1 for no limit", lambda v: v == -1 or v >= 1)
+PORT = Check("a port from 1 to 65535", lambda v: 1 <= v <= 65535)
+JSON_OBJECT = Check("a JSON object such as '{\"enable_thinking\": false}'", lambda v: isinstance(v, dict))
+
+
+def template(name: str) -> Check:
+    """A path template that must contain `{name}`, or every rollout would overwrite the last one's file."""
+    return Check(f"a path with {{{name}}} in it", lambda v: "{" + name in v)
+
+
+# ---- the flag -----------------------------------------------------------------------------------------------------
+
+_EXPECTED = {"int": "a whole number", "float": "a number", "json": "JSON", "pairs": "NAME=VALUE"}
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One declared setting.
+
+    Example: `Flag(name="rewards_normalization", option="--disable-rewards-normalization", kind="false", default=True,
+    help="Train on the rewards as they are, not relative to their group.")`
+    """
+
+    name: str
+    option: str
+    kind: Kind
+    default: Any
+    help: str
+    many: bool = False
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    common: bool = False
+    secret: bool = False
+    status: Status = EFFECTIVE
+    check: Check | None = None
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    @property
+    def is_switch(self) -> bool:
+        return self.kind in ("true", "false", "either")
+
+    def fresh_default(self) -> Any:
+        """The default, never shared: plug-ins write on `args`."""
+        if isinstance(self.default, (list, dict)):
+            return type(self.default)(self.default)
+        return None if self.required else self.default
+
+    def read(self, text: str) -> Any:
+        """One value from text, as on the command line."""
+        try:
+            value = self._convert(text)
+        except ValueError:
+            raise FlagError(self.option, given=text, expected=_EXPECTED[self.kind]) from None
+        if self.choices and value not in self.choices:
+            raise FlagError(self.option, given=text, expected="one of " + ", ".join(self.choices))
+        return value
+
+    def _convert(self, text: str) -> Any:
+        if self.kind == "int":
+            return int(text)
+        if self.kind == "float":
+            return float(text)
+        if self.kind == "json":
+            return json.loads(text)
+        if self.kind == "pairs":
+            name, separator, value = text.partition("=")
+            if not (name and separator and value):
+                raise ValueError(text)
+            return name, value
+        return text
+
+    def verify(self, value: Any) -> None:
+        """Raise FlagError where the value is outside of what the flag allows; None means unset."""
+        if value is None or self.check is None:
+            return
+        if not self.check.holds(value):
+            raise FlagError(self.option, given=value, expected=self.check.expected)
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    option: str | None = None,
+    aliases: tuple[str, ...] = (),
+    check: Check | None = None,
+    status: Status = EFFECTIVE,
+    common: bool = False,
+    secret: bool = False,
+    compare: bool = True,
+) -> Any:
+    """A dataclass field that is a flag. `common` flags are in the short `--help`; `secret` ones are never written."""
+    declared = {
+        "default": default,
+        "help": help,
+        "option": option,
+        "aliases": aliases,
+        "check": check,
+        "status": status,
+        "common": common,
+        "secret": secret,
+    }
+    if default is REQUIRED:
+        return field(metadata={"flag": declared}, compare=compare)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"flag": declared}, compare=compare)
+    return field(default=default, metadata={"flag": declared}, compare=compare)
+
+
+def derived(default_factory: Callable[[], Any]) -> Any:
+    """A field that is no flag: `miles.config.resolve` fills it, and `args` carries it."""
+    return field(default_factory=default_factory, metadata={"derived": True})
+
+
+class Section:
+    """Base of the sections: frozen dataclasses whose fields are flags. Building one checks every value."""
+
+    def __post_init__(self) -> None:
+        for declared in flags_of(type(self)):
+            declared.verify(getattr(self, declared.name))
+
+
+_FLAGS_OF: dict[type[Any], tuple[Flag, ...]] = {}
+
+
+def flags_of(section: type[Any]) -> tuple[Flag, ...]:
+    """The flags of a section, in order of declaration."""
+    if section not in _FLAGS_OF:
+        _FLAGS_OF[section] = _declared_flags(section)
+    return _FLAGS_OF[section]
+
+
+def _declared_flags(section: type[Any]) -> tuple[Flag, ...]:
+    hints = get_type_hints(section)
+    return tuple(
+        _flag(f.name, hints[f.name], dict(f.metadata["flag"])) for f in fields(section) if "flag" in f.metadata
+    )
+
+
+def _flag(name: str, hint: Any, declared: dict[str, Any]) -> Flag:
+    kind, many, choices = _kind_of(hint, declared["default"])
+    declared["option"] = declared["option"] or "--" + name.replace("_", "-")
+    return Flag(name=name, kind=kind, many=many, choices=choices, **declared)
+
+
+def _kind_of(hint: Any, default: Any) -> tuple[Kind, bool, tuple[str, ...]]:
+    """The kind of a flag, whether it takes several values, and its choices: all from the annotation."""
+    optional = False
+    if get_origin(hint) in (Union, types.UnionType):
+        optional = True
+        (hint,) = (h for h in get_args(hint) if h is not type(None))
+    if hint is bool:
+        return ("either" if optional else "false" if default is True else "true"), False, ()
+    if get_origin(hint) is list:
+        kind, _, choices = _kind_of(get_args(hint)[0], None)
+        return kind, True, choices
+    if get_origin(hint) is dict:
+        return ("pairs" if get_args(hint)[1] is str else "json"), False, ()
+    if get_origin(hint) is Literal:
+        return "str", False, get_args(hint)
+    return _SCALARS[hint], False, ()
+
+
+_SCALARS: dict[Any, Kind] = {int: "int", float: "float", str: "str"}

@@ -1,0 +1,375 @@
+"""From what the user wrote to what the run is: everything that depends on more than one flag, or on this machine.
+
+    1. missing flags         all at once
+    2. statuses              explicit flags that are not built (refused) or have no meaning here (a notice)
+    3. SUBSTITUTES           published defaults that this machine cannot honour
+    4. EFFECTS               values that follow from others, in the published order
+    5. EXCLUSIVE, NEEDS      flags that cannot stand together, or not alone
+
+Each rule is a small function or a row of a table. They run once, before the sections are built and frozen.
+"""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from miles.config.draft import Draft
+from miles.config.evaluation import resolve_eval_datasets
+from miles.config.machine import local_gpus
+from miles.config.sections import FLAGS
+from miles.errors import FlagError
+
+Rule = Callable[[Draft], None]
+
+
+def resolve(draft: Draft) -> None:
+    """Work out all values of `draft`. Raises FlagError for what cannot be run."""
+    refuse_missing(draft)
+    apply_statuses(draft)
+    for rule in (*SUBSTITUTES, *EFFECTS):
+        rule(draft)
+    refuse_exclusive(draft)
+    refuse_lacking(draft)
+
+
+# ---- 1. missing flags ----------------------------------------------------------------------------------------------
+
+
+def refuse_missing(draft: Draft) -> None:
+    missing = [f.option for f in FLAGS.values() if f.required and not draft.given(f.name)]
+    missing += [text for text, present in ALTERNATIVES if not present(draft)]
+    if missing:
+        given = "required, but not given." if len(missing) == 1 else "all of these are required, but not given."
+        raise FlagError(", ".join(missing), given=given)
+
+
+DEFAULT_DATA_SOURCE = FLAGS["data_source_path"].default
+
+ALTERNATIVES: list[tuple[str, Callable[[Draft], bool]]] = [
+    ("--hf-checkpoint", lambda d: d["hf_checkpoint"] is not None),
+    ("--num-rollout (or --num-epoch)", lambda d: d["num_rollout"] is not None or d["num_epoch"] is not None),
+    (
+        "--global-batch-size (or --num-steps-per-rollout)",
+        lambda d: bool(
+            d["global_batch_size"]
+            or d["num_steps_per_rollout"]
+            or d["use_dynamic_global_batch_size"]
+            or d["debug_rollout_only"]
+        ),
+    ),
+    (
+        "--prompt-data (or --disable-rollout-global-dataset)",
+        lambda d: bool(
+            d["prompt_data"] or not d["rollout_global_dataset"] or d["data_source_path"] != DEFAULT_DATA_SOURCE
+        ),
+    ),
+]
+"""What a run cannot do without, where several flags can provide it."""
+
+
+# ---- 2. statuses ---------------------------------------------------------------------------------------------------
+
+
+def apply_statuses(draft: Draft) -> None:
+    """One notice per explicit flag without meaning here; all flags that are not built in one refusal."""
+    refused: list[str] = []
+    for name, flag in FLAGS.items():
+        value, status = draft[name], flag.status
+        if not draft.given(name) or not status.applies_to(value, flag.default):
+            continue
+        shown = flag.option if flag.is_switch else f"{flag.option} {value}"
+        if status.kind == "not_built":
+            refused.append(f"{shown}: {status.sentence.rstrip(',')} is not built yet.")
+        else:
+            draft.notices.append(f"{shown}: no meaning here, {status.sentence}")
+    if refused:
+        flag_text, _, rest = "\n".join(refused).partition(": ")
+        raise FlagError(flag_text, given=rest)
+
+
+# ---- 3. what this machine cannot honour ----------------------------------------------------------------------------
+
+
+def one_trainer_process(draft: Draft) -> None:
+    draft.substitute("actor_num_gpus_per_node", 1, "training runs in one process.")
+    draft.substitute("num_gpus_per_node", max(1, local_gpus()), "that is what this machine has.")
+
+
+def fsdp_backend(draft: Draft) -> None:
+    draft.substitute("train_backend", "fsdp", "it trains Hugging Face models in one process, with or without a GPU.")
+
+
+def gloo(draft: Draft) -> None:
+    if local_gpus() == 0:
+        draft.substitute("distributed_backend", "gloo", "nccl needs GPUs.")
+
+
+def fused_attention(draft: Draft) -> None:
+    draft.substitute("attn_implementation", "sdpa", "PyTorch's fused attention runs on packed rows everywhere.")
+
+
+def at_least_one_engine(draft: Draft) -> None:
+    """Published formulas divide by `rollout_num_gpus`."""
+    if not draft["rollout_num_gpus"]:
+        draft.derive("rollout_num_gpus", 1)
+
+
+SUBSTITUTES: list[Rule] = [fsdp_backend, one_trainer_process, gloo, fused_attention, at_least_one_engine]
+
+
+# ---- 4. what follows from other flags ------------------------------------------------------------------------------
+
+
+def run_dir(draft: Draft) -> None:
+    draft.fill("run_dir", time.strftime("runs/%Y-%m-%d_%H%M%S"))
+
+
+def deterministic(draft: Draft) -> None:
+    """`--deterministic` includes the trainer's published switch of that meaning."""
+    if draft["deterministic"]:
+        draft.derive("deterministic_mode", True)
+
+
+def debug_dumps(draft: Draft) -> None:
+    folder = draft["dump_details"]
+    if folder is not None:
+        draft.derive("save_debug_rollout_data", f"{folder}/rollout_data/{{rollout_id}}.pt")
+        draft.derive("save_debug_train_data", f"{folder}/train_data/{{rollout_id}}_{{rank}}.pt")
+
+
+def debug_replay(draft: Draft) -> None:
+    """Recorded samples need no engine."""
+    if draft["load_debug_rollout_data"] is not None:
+        draft.derive("debug_train_only", True)
+
+
+def colocation(draft: Draft) -> None:
+    """Shared GPUs: offload both sides unless told otherwise, and as many GPUs for the engines as for the trainer."""
+    if draft["offload"]:
+        draft.fill("offload_train", True)
+        draft.fill("offload_rollout", True)
+    if draft["colocate"]:
+        draft.fill("offload_train", True)
+        draft.fill("offload_rollout", True)
+        draft.derive("rollout_num_gpus", draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"])
+    draft.fill("offload_train", False)
+    draft.fill("offload_rollout", False)
+
+
+def debug_rollout(draft: Draft) -> None:
+    """Without a trainer nothing is shared, and the trainer's size says nothing."""
+    if not draft["debug_rollout_only"]:
+        return
+    gpus = draft["rollout_num_gpus"]
+    draft.derive("actor_num_gpus_per_node", min(8, gpus))
+    draft.derive("actor_num_nodes", gpus // draft["actor_num_gpus_per_node"])
+    for name in ("colocate", "offload", "offload_train", "offload_rollout"):
+        draft.derive(name, False)
+    draft.derive("train_memory_margin_bytes", 0)
+
+
+def critic_defaults(draft: Draft) -> None:
+    for name, source in (
+        ("critic_num_nodes", "actor_num_nodes"),
+        ("critic_num_gpus_per_node", "actor_num_gpus_per_node"),
+        ("critic_load", "load"),
+        ("critic_lr", "lr"),
+    ):
+        draft.fill(name, draft[source])
+
+
+def clip_range(draft: Draft) -> None:
+    draft.fill("eps_clip_high", draft["eps_clip"])
+
+
+def batch_size(draft: Draft) -> None:
+    """global_batch_size = rollout_batch_size * n_samples_per_prompt // num_steps_per_rollout."""
+    steps = draft["num_steps_per_rollout"]
+    if steps is None:
+        return
+    samples = draft["rollout_batch_size"] * draft["n_samples_per_prompt"]
+    size = samples // steps
+    if size == 0:
+        raise FlagError("--num-steps-per-rollout", given=steps, expected=f"at most {samples}, the samples of a rollout")
+    if draft.given("global_batch_size") and draft["global_batch_size"] != size:
+        raise FlagError(
+            "--global-batch-size",
+            given=draft["global_batch_size"],
+            expected=f"{size} = {samples} samples / --num-steps-per-rollout {steps}",
+            remedy="Leave one of the two out.",
+        )
+    draft.fill("global_batch_size", size)
+
+
+def trimming(draft: Draft) -> None:
+    """Say which samples of a full rollout are never trained, and refuse a step that no rollout can fill."""
+    size, samples = draft["global_batch_size"], draft["rollout_batch_size"] * draft["n_samples_per_prompt"]
+    if size is None or draft["use_dynamic_global_batch_size"] or draft["debug_rollout_only"]:
+        return
+    if draft["disable_rollout_trim_samples"] or samples % size == 0:
+        return
+    if samples > size:
+        draft.notices.append(
+            f"--global-batch-size {size}: {samples % size} of the {samples} samples of each rollout are cut off."
+        )
+    elif not any(draft.given(name) for name in MAY_MULTIPLY_SAMPLES):
+        raise FlagError(
+            "--global-batch-size",
+            given=size,
+            expected=f"at most {samples} = --rollout-batch-size * --n-samples-per-prompt",
+        )
+
+
+MAY_MULTIPLY_SAMPLES = ("rollout_function_path", "custom_generate_function_path", "load_debug_rollout_data")
+"""With these, a rollout may bring more samples than prompts * samples per prompt."""
+
+
+def group_of_one(draft: Draft) -> None:
+    """A group of one has no standard deviation."""
+    if draft["n_samples_per_prompt"] == 1:
+        draft.derive("grpo_std_normalization", False)
+
+
+def over_sampling(draft: Draft) -> None:
+    draft.fill("over_sampling_batch_size", draft["rollout_batch_size"])
+    if draft["over_sampling_batch_size"] < draft["rollout_batch_size"]:
+        raise FlagError(
+            "--over-sampling-batch-size",
+            given=draft["over_sampling_batch_size"],
+            expected=f"at least --rollout-batch-size {draft['rollout_batch_size']}",
+        )
+
+
+def log_prob_tokens(draft: Draft) -> None:
+    if draft["max_tokens_per_gpu"] is not None:
+        draft.fill("log_probs_max_tokens_per_gpu", draft["max_tokens_per_gpu"])
+
+
+def prompt_length(draft: Draft) -> None:
+    """A prompt must leave room for one token of the response."""
+    context = draft["rollout_max_context_len"]
+    if context is None:
+        return
+    draft.fill("rollout_max_prompt_len", context - 1)
+    if draft["rollout_max_prompt_len"] > context - 1:
+        raise FlagError(
+            "--rollout-max-prompt-len",
+            given=draft["rollout_max_prompt_len"],
+            expected=f"at most {context - 1} = --rollout-max-context-len - 1",
+        )
+
+
+def evaluation(draft: Draft) -> None:
+    draft.fill("eval_function_path", draft["rollout_function_path"])
+    draft.fill("eval_reward_key", draft["reward_key"])
+    draft.fill("eval_max_context_len", draft["rollout_max_context_len"])
+    draft.eval_datasets = resolve_eval_datasets(Namespace(**draft.values))
+    flat = [text for d in draft.eval_datasets for text in (d.name, d.path)] or None
+    if draft["eval_config"] is None:
+        draft.rewrite("eval_prompt_data", flat)
+    else:
+        draft.derive("eval_prompt_data", flat)
+    if draft["eval_interval"] is None:
+        return
+    if not draft.eval_datasets:
+        raise FlagError("--eval-interval", given="there is nothing to evaluate on.", remedy="Give --eval-prompt-data.")
+    if draft["group_rm"] and not draft.given("eval_function_path"):
+        raise FlagError(
+            "--group-rm",
+            given="rewards of whole groups are not defined for evaluation.",
+            remedy="Leave --eval-interval out, or evaluate with an --eval-function-path of your own.",
+        )
+
+
+def epochs(draft: Draft) -> None:
+    if draft["num_rollout"] is not None and draft["num_epoch"] is not None:
+        draft.notices.append("--num-epoch: no meaning here, --num-rollout says how long the run is.")
+
+
+def routing_replay(draft: Draft) -> None:
+    if draft["use_rollout_routing_replay"]:
+        draft.derive("use_routing_replay", True)
+
+
+def training_temperature(draft: Draft) -> None:
+    """The trainer divides logits by the temperature."""
+    trains = draft["num_rollout"] != 0 and not draft["debug_rollout_only"]
+    if trains and draft["loss_type"] != "sft_loss" and draft["rollout_temperature"] == 0:
+        raise FlagError("--rollout-temperature", given=0, expected="a value > 0 for training")
+
+
+def whitening(draft: Draft) -> None:
+    estimator = draft["advantage_estimator"]
+    if estimator.startswith("reinforce_plus_plus") and not draft["normalize_advantages"]:
+        raise FlagError(f"--advantage-estimator {estimator}", given="needs --normalize-advantages.")
+
+
+EFFECTS: list[Rule] = [
+    run_dir,
+    deterministic,
+    debug_dumps,
+    debug_replay,
+    colocation,
+    debug_rollout,
+    critic_defaults,
+    clip_range,
+    batch_size,
+    trimming,
+    group_of_one,
+    over_sampling,
+    log_prob_tokens,
+    prompt_length,
+    evaluation,
+    epochs,
+    routing_replay,
+    training_temperature,
+    whitening,
+]
+
+
+# ---- 5. what cannot stand together, or not alone -------------------------------------------------------------------
+
+EXCLUSIVE: list[tuple[str, str, str]] = [
+    ("use_tis", "use_rollout_logprobs", "with the engine's log-probs as old policy there is no ratio to correct."),
+    ("kl_coef", "kl_loss_coef", "the KL counts either in the advantages or in the loss."),
+    ("debug_rollout_only", "debug_train_only", "nothing would be left to do."),
+    ("prefill_num_servers", "rollout_external", "the servers of others cannot be divided."),
+    ("lr_warmup_iters", "lr_warmup_fraction", "both say how long the warm-up is."),
+    ("use_checkpoint_lr_scheduler", "override_lr_scheduler", "both say whose schedule counts on resume."),
+]
+"""Two flags and why they exclude each other."""
+
+NEEDS: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("save_interval", bool, "save"),
+    ("get_mismatch_metrics", bool, "custom_tis_function_path"),
+    ("loss_type", lambda v: v == "custom_loss", "custom_loss_function_path"),
+    ("use_dynamic_batch_size", bool, "max_tokens_per_gpu"),
+    ("use_kl_loss", bool, "ref_load"),
+    ("kl_coef", bool, "ref_load"),
+    ("enable_mtp_training", bool, "mtp_num_layers"),
+    ("rollout_external", bool, "rollout_external_engine_addrs"),
+    ("load_debug_rollout_data_subsample", bool, "load_debug_rollout_data"),
+    ("lr_decay_style", lambda v: v == "WSD", "lr_wsd_decay_iters"),
+    ("ci_metric_checker_key", bool, "ci_metric_checker_threshold"),
+    ("ci_metric_checker_key", bool, "eval_interval"),
+]
+"""A flag, the values that matter, and the flag that it needs."""
+
+
+def refuse_exclusive(draft: Draft) -> None:
+    for first, second, why in EXCLUSIVE:
+        if draft[first] and draft[second]:
+            raise FlagError(draft.option(first), given=f"excludes {draft.option(second)}: {why}")
+    if draft["qkv_format"] == "bshd" and (draft["train_backend"] == "fsdp" or draft["use_dynamic_batch_size"]):
+        raise FlagError("--qkv-format bshd", given="needs the Megatron backend without --use-dynamic-batch-size.")
+
+
+def refuse_lacking(draft: Draft) -> None:
+    for name, matters, needed in NEEDS:
+        if matters(draft[name]) and draft[needed] is None:
+            value = draft[name]
+            shown = draft.option(name) if value is True else f"{draft.option(name)} {value}"
+            raise FlagError(shown, given=f"needs {draft.option(needed)}.")

@@ -1,0 +1,206 @@
+"""Keys and values of all requests in dense slots, and the two ways to attend to them.
+
+Running requests occupy slots 0..n-1 without gaps, so that a decode step attends to plain views. A request that leaves
+changes places with the last one. A free slot keeps what it held until somebody needs the slot: a later prompt that
+begins with the same tokens takes the common prefix from there instead of computing it (`find_prefix`).
+
+    keys and values: [layers, slots, length, 2 * K, D]   (K key heads, then K value heads)
+
+Slots and length grow geometrically, inside a budget of `max_total_tokens` = slots * length. Which request sits where is
+the scheduler's business (`engine.py`); this file knows slots and token ids only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miles.engine.embedded.model import Attend, DecoderShape
+
+MIN_SHARED_PREFIX = 8
+"""Shorter common prefixes are cheaper to compute than to look up."""
+
+LENGTH_STEP = 32
+"""Slots are a multiple of this many tokens long."""
+
+CANDIDATES = 8
+"""Slots that are compared with a prompt when many share its first tokens."""
+
+
+class KVCache:
+    """Dense slots; `contents[slot]` are tokens whose keys and values the slot holds, for others to share.
+
+    A running request sits in its slot with more positions than `contents` tells (what it has generated since).
+    `epoch` counts flushes: keys and values from before the last one must not be offered to others.
+
+    Example: with two running requests and a finished one, `contents == [[5, 9, 2], [5, 9, 2], [8, 1]]`, n = 2.
+    """
+
+    def __init__(
+        self, shape: DecoderShape, dtype: torch.dtype, device: torch.device, *, max_slots: int, max_total_tokens: int
+    ) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.max_slots, self.max_total_tokens = max_slots, max_total_tokens
+        self.contents: list[list[int]] = []
+        self.epoch = 0
+        self._allocate(0, 0)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.contents)
+
+    # ---- room ----------------------------------------------------------------------------------------------------
+
+    def fits(self, slots: int, length: int) -> bool:
+        """Whether `slots` requests of up to `length` tokens stay inside the budget."""
+        return slots <= self.max_slots and slots * length <= self.max_total_tokens
+
+    def reserve(self, slots: int, length: int) -> bool:
+        """Have at least this many slots of at least this length; True where that moved the memory.
+
+        Contents of slots below `slots` survive; slots above may be given up for length.
+        """
+        if slots <= self.num_slots and length <= self.length:
+            return False
+        new_length, new_slots = self.length, self.num_slots
+        if length > self.length:
+            wanted = max(-(-length // LENGTH_STEP) * LENGTH_STEP, 2 * self.length)
+            new_length = max(length, min(wanted, self.shape.context_length, self.max_total_tokens // max(slots, 1)))
+        if slots > self.num_slots:
+            new_slots = max(slots, min(2 * self.num_slots, self.max_slots))
+        new_slots = max(slots, min(new_slots, self.max_total_tokens // new_length))
+        old, kept, contents = self.kv, min(self.num_slots, new_slots), self.contents
+        old_length = min(self.length, new_length)
+        self._allocate(new_slots, new_length)
+        self.kv[:, :kept, :old_length] = old[:, :kept, :old_length]
+        self.contents[:kept] = contents[:kept]
+        return True
+
+    def _allocate(self, slots: int, length: int) -> None:
+        shape = self.shape
+        # Zeros, not garbage: masked positions are multiplied by 0, and 0 * nan is nan.
+        self.kv = torch.zeros(
+            (shape.num_layers, slots, length, 2 * shape.num_kv_heads, shape.head_dim),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self.length = length
+        self.contents = [[] for _ in range(slots)]
+
+    # ---- contents ------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Forget the contents of all slots. Running requests go on: their own positions stay in place."""
+        self.contents = [[] for _ in self.contents]
+        self.epoch += 1
+
+    def drop(self) -> None:
+        """Give all memory back."""
+        self._allocate(0, 0)
+
+    def swap(self, a: Sequence[int], b: Sequence[int], used: int) -> None:
+        """Exchange the first `used` positions of slots pairwise; `a` and `b` have no slot in common."""
+        if not a:
+            return
+        ia, ib = (torch.tensor(slots, device=self.device) for slots in (a, b))
+        held = self.kv[:, ia, :used]
+        self.kv[:, ia, :used] = self.kv[:, ib, :used]
+        self.kv[:, ib, :used] = held
+        for x, y in zip(a, b):
+            self.contents[x], self.contents[y] = self.contents[y], self.contents[x]
+
+    def copy_prefixes(self, sources: Sequence[int], targets: Sequence[int], lengths: Sequence[int]) -> None:
+        """Copy the first `lengths[i]` positions of slot `sources[i]` to slot `targets[i]`, as if all at once."""
+        if not sources:
+            return
+        used = max(lengths)
+        from_, to = (torch.tensor(slots, device=self.device) for slots in (sources, targets))
+        self.kv[:, to, :used] = self.kv[:, from_, :used]
+        copied = [self.contents[source][:length] for source, length in zip(sources, lengths)]
+        for target, tokens in zip(targets, copied):
+            self.contents[target] = tokens
+
+    def prefix_lookup(self) -> dict[tuple[int, ...], list[int]]:
+        """First tokens -> slots that hold them, the latest slots last. Valid until contents change."""
+        lookup: dict[tuple[int, ...], list[int]] = {}
+        for slot, tokens in enumerate(self.contents):
+            if len(tokens) >= MIN_SHARED_PREFIX:
+                lookup.setdefault(tuple(tokens[:MIN_SHARED_PREFIX]), []).append(slot)
+        return lookup
+
+    def find_prefix(
+        self, lookup: dict[tuple[int, ...], list[int]], tokens: list[int], limit: int
+    ) -> tuple[int, int] | None:
+        """(slot, length) of the longest stored prefix of `tokens[:limit]`, or None."""
+        if limit < MIN_SHARED_PREFIX:
+            return None
+        slots = lookup.get(tuple(tokens[:MIN_SHARED_PREFIX]), [])
+        best = max(((common_prefix(self.contents[s], tokens, limit), s) for s in slots[-CANDIDATES:]), default=None)
+        return None if best is None else (best[1], best[0])
+
+    # ---- attention -----------------------------------------------------------------------------------------------
+
+    def decode_attention(self, rows_N: Tensor, mask: Tensor, num: int, longest: int) -> Attend:
+        """One new token in each of the slots 0..num-1; `rows_N` = slot * length + position of that token.
+
+        mask: additive [num, 1, 1, longest].
+        """
+        h, k, d = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
+        flat = self.kv.view(self.shape.num_layers, -1, 2 * k, d)
+        seen = self.kv[:, :num, :longest].transpose(2, 3)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            flat[layer].index_copy_(0, rows_N, qkv.narrow(1, h, 2 * k))
+            keys, values = seen[layer].split(k, 1)
+            # Query heads of one key head take the place of query positions: no copy of keys and values per head.
+            query = qkv.narrow(1, 0, h).view(num, k, h // k, d)
+            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).reshape(num, h, d)
+
+        return attend
+
+    def prefill_attention(self, slots: Sequence[int], offsets: Sequence[int], width: int) -> tuple[Tensor, Attend]:
+        """`width` tokens (right-padded) into each of `slots`, from position `offsets[i]` on.
+
+        Returns the positions int64 [P * width] and the attention. Padding lands behind the tokens of its slot, where
+        the request's own later tokens overwrite it before anything reads it (slots have room for one more token).
+        """
+        h, k, d, num = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim, len(slots)
+        flat = self.kv.view(self.shape.num_layers, -1, 2 * k, d)
+        start = torch.tensor(offsets, device=self.device).unsqueeze(1)
+        slots_P = torch.tensor(slots, device=self.device)
+        positions = (start + torch.arange(width, device=self.device)).clamp_(max=self.length - 1)
+        rows = (slots_P.unsqueeze(1) * self.length + positions).flatten()
+        reach = min(max(offsets) + width, self.length)
+        mask = None
+        if max(offsets) > 0:
+            mask = torch.arange(reach, device=self.device) <= positions[:, None, :, None]
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            kv = qkv.narrow(1, h, 2 * k)
+            flat[layer].index_copy_(0, rows, kv)
+            past = kv.view(num, width, 2 * k, d) if mask is None else self.kv[layer, slots_P, :reach]
+            keys, values = past.transpose(1, 2).split(k, 1)
+            query = qkv.narrow(1, 0, h).view(num, width, h, d).transpose(1, 2)
+            out = F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=h != k
+            )
+            return out.transpose(1, 2).reshape(num * width, h, d)
+
+        return positions.flatten(), attend
+
+
+def common_prefix(a: list[int], b: list[int], limit: int) -> int:
+    """How many leading tokens (at most `limit`) two lists share."""
+    low, high = 0, min(len(a), len(b), limit)
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,451 @@
+"""The embedded engine: a model folder, or a trainer's live weights, behind an awaitable `generate`.
+
+    caller's event loop                              engine thread
+    ------------------------------------             ------------------------------------------------
+    generate() -> outbox of this loop
+      after SETTLE_PASSES passes: inbox  ----------> between steps: run what is in the inbox
+                                                     Scheduler.step()  (scheduler.py)
+    futures resolve  <------------------------------ results of this step
+      after SETTLE_PASSES passes: inbox  ----------> settled: the next step may start
+
+consumes   requests from any number of event loops and threads
+waits for  the inbox when idle (no processor time then); the home loop, shortly, after each step that ended a request
+unblocks   whoever awaits `generate`
+
+Why loops settle: all requests that a caller submits in one go, and all that follow from one step's results, join the
+same next step. A caller whose own behaviour is deterministic therefore gets the same batches, and bitwise the same
+tokens, in every run. The home loop is the first that submitted; other loops get their results without being waited for.
+
+Later users: the fleet (`engine/fleet.py`) holds engines by this interface or by URL; pause with `retract` or `in_place`
+is what asynchronous training needs around a weight update; requests then carry one weight-version span per update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from miles.engine.embedded.model import DecoderModel, load_config, load_tensors
+from miles.engine.embedded.scheduler import Running, Scheduler
+from miles.engine.protocol import BadRequestError, GenerateRequest, GenerateResult
+from miles.errors import CheckpointError, EngineError
+
+T = TypeVar("T")
+
+SETTLE_PASSES = 12
+"""Passes of an event loop in which the consequences of a result may become new requests."""
+
+SETTLE_TIMEOUT_S = 5.0
+"""How long the engine waits for a home loop that does not turn (a plug-in blocks it)."""
+
+BURST_STEPS = 16
+"""Most steps between two looks at the inbox's lock; a request that ends or an inbox entry cuts a burst short."""
+
+PAUSE_MODES = ("abort", "retract", "in_place")
+
+CACHE_MEMORY_FRACTION = 0.25
+"""Share of the memory that is free at start which keys and values may take, unless max_total_tokens says otherwise."""
+
+
+class EmbeddedEngine:
+    """Generates for many callers at once from one model on one device.
+
+    `EmbeddedEngine.from_folder(dir)` loads a checkpoint; the constructor takes a config and tensors, for instance a
+    trainer's own parameters, which it refers to and never copies (see `update_weights`).
+
+    Example::
+
+        engine = EmbeddedEngine.from_folder("runs/x/hf", seed=0)
+        result = await engine.generate(GenerateRequest(text="859+467=?"))
+        result.to_json()["text"]
+    """
+
+    def __init__(
+        self,
+        hf_config: Any,
+        tensors: Mapping[str, Tensor],
+        tokenizer: Any | None,
+        *,
+        max_running_requests: int = 256,
+        max_total_tokens: int | None = None,
+        context_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        weight_version: str = "default",
+        model_path: str = "",
+        eos_token_ids: frozenset[int] | None = None,
+    ) -> None:
+        if max_running_requests < 1:
+            raise ValueError(f"max_running_requests must be >= 1, got {max_running_requests}")
+        self._dtype = dtype
+        self.hf_config, self.tokenizer, self.model_path = hf_config, tokenizer, model_path
+        self.model = DecoderModel(hf_config, _cast(tensors, dtype))
+        self.context_length = min(context_length or self.model.shape.context_length, self.model.shape.context_length)
+        self._scheduler = Scheduler(
+            self.model,
+            tokenizer,
+            max_running_requests=max_running_requests,
+            max_total_tokens=max_total_tokens or _affordable_tokens(self.model, max_running_requests),
+            context_length=self.context_length,
+            eos_ids=eos_token_ids if eos_token_ids is not None else end_of_sequence_ids(hf_config, tokenizer),
+            seed=seed,
+            weight_version=weight_version,
+        )
+        self._replies: dict[Running, _Reply] = {}
+        self._outboxes: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+        self._outboxes_lock = threading.Lock()
+        self._home: asyncio.AbstractEventLoop | None = None
+        self._inbox: list[Callable[[], None]] = []
+        self._inbox_filled = threading.Condition()
+        self._settled = True  # the home loop has drawn its conclusions from the last results
+        self._home_stuck = False  # it did not in time, and is not waited for until it turns again
+        self._paused = self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def from_folder(
+        cls, model_dir: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", **options: Any
+    ) -> EmbeddedEngine:
+        """Load a Hugging Face folder (config, safetensors, tokenizer). CheckpointError says what is wrong with it."""
+        hf_config = load_config(model_dir)
+        tensors = load_tensors(model_dir, dtype=dtype, device=device)
+        tokenizer = _load_tokenizer(model_dir)
+        eos = end_of_sequence_ids(hf_config, tokenizer, model_dir)
+        return cls(hf_config, tensors, tokenizer, dtype=dtype, model_path=str(model_dir), eos_token_ids=eos, **options)
+
+    # ---- generate ------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Run one request to its end; cancelling the caller aborts it.
+
+        BadRequestError for a request that this model cannot take, EngineError if a step fails.
+        """
+        loop = asyncio.get_running_loop()
+        reply = _Reply(loop, loop.create_future())
+
+        def start() -> None:
+            if reply.cancelled:
+                return
+            try:
+                self._replies[self._scheduler.submit(request)] = reply
+            except BadRequestError as error:
+                self._hand_over(loop, [(reply, error)])
+
+        self._post_after_settling(loop, start)
+        try:
+            return await reply.future
+        except asyncio.CancelledError:
+            reply.cancelled = True
+            self._post([lambda: self._scheduler.abort(lambda r: r.request is request, "Cancelled by the caller")])
+            raise
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests inside the engine."""
+        return len(self._replies)
+
+    # ---- control: from any thread; each takes effect between two steps ----------------------------------------------
+
+    def abort(self, rid: str | None = None, *, abort_all: bool = False) -> None:
+        """End one request (with the `<rid>_<i>` of a batch) or all: they return what they have, finished by `abort`."""
+        if not abort_all and not rid:
+            raise BadRequestError("abort_request: give 'rid', or 'abort_all': true.")
+
+        def matches(running: Running) -> bool:
+            own = running.request.rid
+            return abort_all or own == rid or own.startswith(f"{rid}_")
+
+        self._post_control(lambda: self._scheduler.abort(matches, "Aborted"))
+
+    def flush_cache(self) -> bool:
+        """Forget shared prefixes. False, with nothing done, while requests run."""
+        return self._call(self._scheduler.flush)
+
+    def pause(self, mode: str = "abort") -> None:
+        """Stop generating: `abort` ends requests, `retract` computes their caches anew later, `in_place` keeps them.
+
+        Requests that arrive while the engine is paused wait for `resume`.
+        """
+        if mode not in PAUSE_MODES:
+            raise BadRequestError(f"pause_generation: mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}.")
+
+        def pause() -> None:
+            self._paused = True
+            if mode == "abort":
+                self._scheduler.abort(lambda _: True, "Aborted by pause_generation")
+            elif mode == "retract":
+                self._scheduler.retract()
+
+        self._call(pause)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+
+        def resume() -> None:
+            self._paused = False
+
+        self._call(resume)
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    @property
+    def weight_version(self) -> str:
+        return self._scheduler.weight_version
+
+    @property
+    def max_running_requests(self) -> int:
+        return self._scheduler.max_running_requests
+
+    @property
+    def max_total_tokens(self) -> int:
+        return self._scheduler.max_total_tokens
+
+    def update_weights(self, tensors: Mapping[str, Tensor], version: str, *, copy: bool = False) -> None:
+        """Generate from these tensors (Hugging Face names) from the next step on.
+
+        The tensors are referred to, not copied: a trainer that changes them in place must call this again after each
+        change, and must not change them while requests run, unless it passes `copy=True`. CheckpointError for names or
+        shapes that do not fit; the old weights then stay.
+        """
+        taken = {name: tensor.detach().clone() for name, tensor in tensors.items()} if copy else tensors
+
+        def update() -> None:
+            self._scheduler.set_weights(lambda: self.model.load(_cast(taken, self._dtype)), version)
+
+        self._call(update)
+
+    def update_weights_from_disk(self, model_dir: str | Path, version: str | None = None) -> None:
+        """Load the safetensors of a folder of the same architecture; `version` None keeps the version's name."""
+        tensors = load_tensors(model_dir, dtype=self._dtype or self.model.dtype, device=str(self.model.device))
+        self.update_weights(tensors, self.weight_version if version is None else version)
+
+    def close(self) -> None:
+        """End the engine's thread. Requests that still run fail with EngineError."""
+        if self._thread is None or self._closed:
+            self._closed = True
+            return
+
+        def close() -> None:
+            self._closed = True
+            self._fail_all(EngineError("the engine was closed."))
+
+        self._call(close)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # ---- callers' side -------------------------------------------------------------------------------------------
+
+    def _post_after_settling(self, loop: asyncio.AbstractEventLoop, command: Callable[[], None]) -> None:
+        """Queue a command of this loop; the loop's commands of one moment reach the engine together."""
+        with self._outboxes_lock:
+            if self._home is None or self._home.is_closed():
+                self._home, self._settled = loop, True
+            outbox = self._outboxes.get(loop)
+            if outbox is not None:
+                outbox.append(command)
+                return
+            self._outboxes[loop] = [command]
+        _after_passes(loop, SETTLE_PASSES, lambda: self._flush_outbox(loop))
+
+    def _flush_outbox(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._outboxes_lock:
+            commands = self._outboxes.pop(loop, [])
+        if commands:
+            self._post(commands, impatient=loop is not self._home)
+
+    def _post(self, commands: list[Callable[[], None]], *, impatient: bool = False) -> None:
+        """Put commands into the inbox, from any thread. Impatient: steps need not wait for the home loop."""
+        with self._inbox_filled:
+            if self._closed:
+                raise EngineError("the engine is closed.")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="miles-embedded-engine", daemon=True)
+                self._thread.start()
+            self._inbox.extend(commands)
+            self._settled |= impatient
+            self._inbox_filled.notify()
+
+    def _post_control(self, command: Callable[[], None]) -> None:
+        """Put a command behind everything that was submitted before it, by any loop."""
+        with self._outboxes_lock:
+            pending = [entry for outbox in self._outboxes.values() for entry in outbox]
+            self._outboxes.clear()
+        self._post([*pending, command])
+
+    def _call(self, command: Callable[[], T]) -> T:
+        """Run a command between two steps and wait for its value."""
+        if threading.current_thread() is self._thread:
+            return command()
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(command())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._post_control(run)
+        return done.result()
+
+    # ---- the engine's thread -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                for command in self._take_inbox():
+                    command()
+                if self._may_step():
+                    self._burst()
+                self._deliver()
+            except Exception as error:
+                failure = EngineError(f"the engine failed while generating: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                self._fail_all(failure)
+
+    def _may_step(self) -> bool:
+        settled = self._settled or self._home is None or not self._home.is_running()
+        return settled and self._has_work()
+
+    def _has_work(self) -> bool:
+        return self._scheduler.has_work and not self._paused
+
+    def _take_inbox(self) -> list[Callable[[], None]]:
+        """What came in since the last step. Sleeps while there is nothing to do, or the home loop has yet to settle."""
+        with self._inbox_filled:
+            patience_s = SETTLE_TIMEOUT_S if self._has_work() else None
+            if not self._inbox_filled.wait_for(lambda: self._inbox or self._may_step(), patience_s):
+                self._settled = self._home_stuck = True
+            commands, self._inbox = self._inbox, []
+            return commands
+
+    def _burst(self) -> None:
+        """Steps until a request ends, somebody calls, or BURST_STEPS are done."""
+        for _ in range(BURST_STEPS):
+            self._scheduler.step()
+            if self._scheduler.finished or self._inbox or not self._scheduler.has_work:
+                return
+
+    def _deliver(self) -> None:
+        """Hand the results of finished requests to the loops that wait for them."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
+        for running in self._scheduler.finished:
+            reply = self._replies[running]
+            if not reply.cancelled:
+                by_loop.setdefault(reply.loop, []).append((reply, self._scheduler.result(running)))
+        for running in self._scheduler.finished:
+            del self._replies[running]
+        self._scheduler.finished = []
+        for loop, deliveries in by_loop.items():
+            self._hand_over(loop, deliveries)
+
+    def _fail_all(self, error: EngineError) -> None:
+        self._scheduler.fail_all()
+        replies, self._replies = list(self._replies.values()), {}
+        for reply in replies:
+            self._hand_over(reply.loop, [(reply, error)])
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, deliveries: list[_Delivery]) -> None:
+        if loop is self._home and loop.is_running() and not self._home_stuck:
+            self._settled = False
+        try:
+            loop.call_soon_threadsafe(self._resolve, loop, deliveries)
+        except RuntimeError:  # the callers' loop is closed: nobody waits for these
+            self._settled = True
+
+    def _resolve(self, loop: asyncio.AbstractEventLoop, deliveries: list[_Delivery]) -> None:
+        """In the callers' loop: wake those who wait, let what follows happen, then let the engine go on."""
+        for reply, result in deliveries:
+            reply.resolve(result)
+        if loop is self._home:
+            _after_passes(loop, SETTLE_PASSES, lambda: self._settle(loop))
+
+    def _settle(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._flush_outbox(loop)
+        with self._inbox_filled:
+            self._settled, self._home_stuck = True, False
+            self._inbox_filled.notify()
+
+
+@dataclass(eq=False)
+class _Reply:
+    """Where a result goes: a future of the caller's loop."""
+
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[GenerateResult]
+    cancelled: bool = False
+
+    def resolve(self, result: GenerateResult | Exception) -> None:
+        """In the caller's loop."""
+        if self.future.done():
+            return
+        if isinstance(result, Exception):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
+
+
+_Delivery = tuple[_Reply, GenerateResult | Exception]
+
+
+def _after_passes(loop: asyncio.AbstractEventLoop, passes: int, action: Callable[[], None]) -> None:
+    """Call `action` after this many passes of the loop's ready queue."""
+    if passes == 0:
+        action()
+    else:
+        loop.call_soon(_after_passes, loop, passes - 1, action)
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+    if dtype is None or all(tensor.dtype == dtype for tensor in tensors.values()):
+        return tensors
+    return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+
+
+def _affordable_tokens(model: DecoderModel, max_running_requests: int) -> int:
+    """Tokens of keys and values that fit a share of the free memory, at most what the slots can hold."""
+    shape = model.shape
+    bytes_per_token = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(model.device)
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    affordable = int(free * CACHE_MEMORY_FRACTION) // bytes_per_token
+    return max(1, min(affordable, max_running_requests * shape.context_length))
+
+
+def _load_tokenizer(model_dir: str | Path) -> Any | None:
+    """The folder's tokenizer, or None where it has none: such an engine takes token ids only."""
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any((Path(model_dir) / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(model_dir))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{model_dir}: its tokenizer cannot be loaded: {error}") from error
+
+
+def end_of_sequence_ids(hf_config: Any, tokenizer: Any | None, model_dir: str | Path | None = None) -> frozenset[int]:
+    """Every id that ends a sequence: of the config, the generation config and the tokenizer."""
+    found: list[Any] = [hf_config.eos_token_id]
+    if tokenizer is not None:
+        found.append(tokenizer.eos_token_id)
+    if model_dir is not None and (Path(model_dir) / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        found.append(GenerationConfig.from_pretrained(str(model_dir)).eos_token_id)
+    flat = [token for entry in found for token in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    return frozenset(token for token in flat if token is not None)

@@ -1,0 +1,279 @@
+"""A decoder as plain functions over tensors: dense Llama, Qwen2 and Qwen3 checkpoints, read by Hugging Face names.
+
+The model owns no weights: it refers to the tensors of a mapping (a loaded checkpoint, or the live parameters of a
+trainer in the same process), so that a weight update in one process copies nothing. It knows nothing about requests or
+slots: `forward` runs flat tokens through the layers and hands each layer's queries, keys and values to an `attend`
+function, which the cache supplies (`cache.py`).
+
+Shapes: N tokens, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miles.errors import CheckpointError
+
+SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+
+Attend = Callable[[int, Tensor], Tensor]
+"""(layer, qkv [N, H + 2K, D]) -> attention output [N, H, D]."""
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The numbers of one architecture that the engine needs.
+
+    Example (the quickstart model)::
+
+        DecoderShape(num_layers=3, hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=53,
+                     context_length=128, norm_eps=1e-6, tied_embeddings=True)
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    norm_eps: float
+    tied_embeddings: bool
+
+    @classmethod
+    def from_config(cls, hf_config: Any) -> DecoderShape:
+        """Read a `transformers` config; CheckpointError for what this engine cannot compute exactly."""
+        names = hf_config.architectures or [type(hf_config).__name__.replace("Config", "ForCausalLM")]
+        if names[0] not in SUPPORTED:
+            raise CheckpointError(
+                f"The embedded engine cannot run a {names[0]} checkpoint. It runs {', '.join(SUPPORTED)}; use an "
+                "SGLang engine for others."
+            )
+        windowed = "sliding_attention" in (getattr(hf_config, "layer_types", None) or [])
+        if windowed and hf_config.sliding_window < hf_config.max_position_embeddings:
+            raise CheckpointError(
+                f"The embedded engine has no sliding-window attention, and this checkpoint uses a window of "
+                f"{hf_config.sliding_window} tokens. Use an SGLang engine."
+            )
+        if hf_config.hidden_act != "silu":
+            raise CheckpointError(f"hidden_act: the embedded engine computes 'silu', got {hf_config.hidden_act!r}.")
+        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+        return cls(
+            num_layers=hf_config.num_hidden_layers,
+            hidden_size=hf_config.hidden_size,
+            num_heads=hf_config.num_attention_heads,
+            num_kv_heads=hf_config.num_key_value_heads,
+            head_dim=head_dim,
+            vocab_size=hf_config.vocab_size,
+            context_length=hf_config.max_position_embeddings,
+            norm_eps=hf_config.rms_norm_eps,
+            tied_embeddings=bool(hf_config.tie_word_embeddings),
+        )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection by reference. `transposed` is a view of the checkpoint's `[out, in]` weight."""
+
+    weight: Tensor  # [out, in]
+    transposed: Tensor  # [in, out]
+    bias: Tensor | None  # [out]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + x @ weight.T (+ bias), the sum inside the matrix product."""
+        out = torch.addmm(residual, x, self.transposed)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+@dataclass(frozen=True)
+class Layer:
+    input_norm: Tensor  # [C]
+    q: Linear
+    k: Linear
+    v: Linear
+    q_norm: Tensor | None  # [D], Qwen3
+    k_norm: Tensor | None  # [D], Qwen3
+    o: Linear
+    post_norm: Tensor  # [C]
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+class DecoderModel:
+    """`load` points the model at tensors; `forward` and `logits` compute with whatever they hold at that moment.
+
+    A trainer that changes its parameters in place changes what the engine computes from the next step on: a run that
+    trains and generates at the same time must load a copy.
+    """
+
+    def __init__(self, hf_config: Any, tensors: Mapping[str, Tensor]) -> None:
+        self.shape = DecoderShape.from_config(hf_config)
+        self._inv_freq, self._rope_scale = rope_frequencies(hf_config, self.shape.head_dim)
+        self._num_positions = 0
+        self.load(tensors)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refer to `tensors` (Hugging Face names) from now on. CheckpointError names what is missing or misshapen."""
+        shape, take = self.shape, _Taker(tensors)
+        c = shape.hidden_size
+        embed = take("model.embed_tokens.weight", (shape.vocab_size, c))
+        layers = [_read_layer(take, f"model.layers.{i}", shape) for i in range(shape.num_layers)]
+        final_norm = take("model.norm.weight", (c,))
+        head = embed if shape.tied_embeddings else take("lm_head.weight", (shape.vocab_size, c))
+        self.embed, self.layers, self.final_norm, self.head = embed, layers, final_norm, head
+        self.dtype, self.device = embed.dtype, embed.device
+
+    def cover_positions(self, count: int) -> None:
+        """Make the rotary tables fit the weights, and long enough for positions below `count`."""
+        if count <= self._num_positions and (self._cos.dtype, self._cos.device) == (self.dtype, self.device):
+            return
+        angles = torch.outer(torch.arange(count, dtype=torch.float32), self._inv_freq)
+        cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
+        # rotate_half(x) * sin == roll(x, D/2) * [-sin, sin]
+        self._cos = torch.cat((cos, cos), -1).to(self.device, self.dtype)
+        self._sin = torch.cat((-sin, sin), -1).to(self.device, self.dtype)
+        self._num_positions = count
+
+    def forward(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+        """int64 [N] tokens at int64 [N] positions -> hidden states [N, C] after the final norm."""
+        shape = self.shape
+        cos = self._cos.index_select(0, positions_N).unsqueeze(1)
+        sin = self._sin.index_select(0, positions_N).unsqueeze(1)
+        x = F.embedding(tokens_N, self.embed)
+        size, eps = (shape.hidden_size,), shape.norm_eps
+        for i, layer in enumerate(self.layers):
+            qkv = self._qkv(layer, F.rms_norm(x, size, layer.input_norm, eps), cos, sin)
+            x = layer.o.added_to(x, attend(i, qkv).flatten(1))
+            y = F.rms_norm(x, size, layer.post_norm, eps)
+            y = F.silu(layer.gate(y), inplace=True).mul_(layer.up(y))
+            x = layer.down.added_to(x, y)
+        return F.rms_norm(x, size, self.final_norm, eps)
+
+    def _qkv(self, layer: Layer, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[N, C] -> rotated queries, rotated keys and values in one tensor [N, H + 2K, D]."""
+        h, k, d = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
+        query, key, value = layer.q(y), layer.k(y), layer.v(y)
+        if layer.q_norm is not None:
+            query = F.rms_norm(query.view(-1, h, d), (d,), layer.q_norm, self.shape.norm_eps).flatten(1)
+            key = F.rms_norm(key.view(-1, k, d), (d,), layer.k_norm, self.shape.norm_eps).flatten(1)
+        qkv = torch.cat((query, key, value), 1).view(-1, h + 2 * k, d)
+        rotated = qkv.narrow(1, 0, h + k)
+        swapped = torch.roll(rotated, d // 2, -1)
+        rotated.mul_(cos).addcmul_(swapped, sin)
+        return qkv
+
+    def logits(self, hidden_NC: Tensor) -> Tensor:
+        """float32 [N, V]."""
+        return F.linear(hidden_NC, self.head).float()
+
+
+class _Taker:
+    """Looks tensors up by name and checks shape, dtype and device against the first one taken."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.first: Tensor | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in self.tensors:
+            raise CheckpointError(f"The weights have no tensor {name!r} (found {len(self.tensors)} others).")
+        tensor = self.tensors[name].detach()
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{name}: expected shape {list(shape)} from config.json, got {list(tensor.shape)}.")
+        self.first = tensor if self.first is None else self.first
+        if tensor.dtype != self.first.dtype or tensor.device != self.first.device:
+            raise CheckpointError(
+                f"{name} is {tensor.dtype} on {tensor.device}, others are {self.first.dtype} on {self.first.device}; "
+                "the embedded engine wants one dtype and one device."
+            )
+        return tensor
+
+    def linear(self, name: str, out_features: int, in_features: int) -> Linear:
+        weight = self(f"{name}.weight", (out_features, in_features))
+        bias = self(f"{name}.bias", (out_features,)) if f"{name}.bias" in self else None
+        return Linear(weight, weight.t(), bias)
+
+
+def _read_layer(take: _Taker, name: str, shape: DecoderShape) -> Layer:
+    c, d = shape.hidden_size, shape.head_dim
+    wide, narrow = shape.num_heads * d, shape.num_kv_heads * d
+    gate_name = f"{name}.mlp.gate_proj.weight"
+    ffn = take.tensors[gate_name].shape[0] if gate_name in take else 0
+    normed = f"{name}.self_attn.q_norm.weight" in take
+    return Layer(
+        input_norm=take(f"{name}.input_layernorm.weight", (c,)),
+        q=take.linear(f"{name}.self_attn.q_proj", wide, c),
+        k=take.linear(f"{name}.self_attn.k_proj", narrow, c),
+        v=take.linear(f"{name}.self_attn.v_proj", narrow, c),
+        q_norm=take(f"{name}.self_attn.q_norm.weight", (d,)) if normed else None,
+        k_norm=take(f"{name}.self_attn.k_norm.weight", (d,)) if normed else None,
+        o=take.linear(f"{name}.self_attn.o_proj", c, wide),
+        post_norm=take(f"{name}.post_attention_layernorm.weight", (c,)),
+        gate=take.linear(f"{name}.mlp.gate_proj", ffn, c),
+        up=take.linear(f"{name}.mlp.up_proj", ffn, c),
+        down=take.linear(f"{name}.mlp.down_proj", c, ffn),
+    )
+
+
+def rope_frequencies(hf_config: Any, head_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies float32 [D/2] and the factor on cos and sin, from the config's `rope_parameters`."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = hf_config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in SUPPORTED_ROPE:
+        raise CheckpointError(f"rope_type: the embedded engine knows {', '.join(SUPPORTED_ROPE)}, got {kind!r}.")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError("The embedded engine rotates whole heads; this checkpoint has a partial_rotary_factor.")
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    return inv_freq.float(), float(scale)
+
+
+def load_config(model_dir: str | Path) -> Any:
+    """The `transformers` config of a Hugging Face folder; CheckpointError where there is none."""
+    from transformers import AutoConfig
+
+    path = Path(model_dir)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: expected a Hugging Face model folder with config.json and *.safetensors.")
+    try:
+        return AutoConfig.from_pretrained(str(path))
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path}/config.json cannot be read: {error}") from error
+
+
+def load_tensors(model_dir: str | Path, *, dtype: torch.dtype | None, device: str) -> dict[str, Tensor]:
+    """All tensors of the folder's safetensors files, on `device`; `dtype` None keeps the stored one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted(Path(model_dir).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{model_dir}: no *.safetensors file. Other weight formats are not read.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            loaded = load_file(str(file), device=device)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: damaged or unreadable: {error}") from error
+        for name, tensor in loaded.items():
+            tensors[name] = tensor if dtype is None else tensor.to(dtype)
+    return tensors

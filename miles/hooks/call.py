@@ -1,0 +1,355 @@
+"""The one door into plug-in code: `Hook`. Every call of every plug-in is timed, counted and guarded here.
+
+    core ── hook(...) ──► adapter ──► the user's function
+              │ returns: value checked by the adapter
+              │ raises, returns nonsense, or takes too long: retries, then `guard.report`
+              ▼
+         value | Failure | HookError
+
+KeyboardInterrupt, CancelledError, SystemExit and miles' own errors (UsageError, a nested HookError) pass untouched.
+Synchronous plug points: `hook(...)`, inline. Awaited ones: `await hook.call_async(...)`. A rollout function, which may
+be either, has `build` once and then `run` or `call_async`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Coroutine
+from time import perf_counter
+from types import CoroutineType
+from typing import Any
+
+from miles.hooks.adapt import is_async
+from miles.hooks.adapters import Adapted, rollout_output
+from miles.hooks.card import FailedCall, first_sample
+from miles.hooks.guard import Guard, HookStats, passes
+from miles.hooks.point import PlugPoint, Policy
+from miles.hooks.source import Source
+from miles.hooks.threads import Threads
+from miles.hooks.values import BadReturn, reward_problem
+from miles.types import (
+    DynamicFilterOutput,
+    Failure,
+    RolloutFnConstructorInput,
+    RolloutFnEvalOutput,
+    RolloutFnInput,
+    RolloutFnTrainOutput,
+    Sample,
+)
+
+# Seconds before the first retry of an awaited call; doubled each time up to the limit. Inline calls retry at once.
+RETRY_DELAY_S = 0.1
+MAX_RETRY_DELAY_S = 5.0
+
+# What the core receives when a failed call is dropped. Awaited plug points return the Failure itself.
+_DROPPED: dict[str, Any] = {
+    "dynamic_sampling_filter": DynamicFilterOutput(keep=False, reason="filter_failed"),
+    "custom_rollout_log_function": False,
+    "custom_eval_rollout_log_function": False,
+}
+
+
+class Hook:
+    """One bound plug-in.
+
+    Example: `hook.point.flag == "--custom-rm-path"`, `hook.path == "my.rewards.grade"`, `hook.form == "sample"`,
+    `hook.stats == HookStats(calls=32, ...)`, `hook.target` is the user's function, class or object.
+    """
+
+    def __init__(
+        self,
+        point: PlugPoint,
+        path: str,
+        target: Any,
+        form: str,
+        source: Source,
+        adapted: Adapted,
+        guard: Guard,
+        policy: Policy,
+        timeout_s: float | None,
+    ) -> None:
+        self.point, self.path, self.target, self.form, self.source = point, path, target, form, source
+        self.policy, self.timeout_s = policy, timeout_s
+        self.stats = HookStats()
+        # What `state_dict` is asked of: the object a class was made into; None for functions.
+        self.state_holder: Any = None
+        self._adapted, self._guard = adapted, guard
+        self._call = adapted.call
+        self.__name__ = point.name
+
+    def __repr__(self) -> str:
+        return f"Hook({self.point.flag} {self.path}, form {self.form})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The canonical call of a synchronous plug point."""
+        begin = perf_counter()
+        try:
+            value = self._call(*args, **kwargs)
+            if type(value) is CoroutineType:
+                value = _refuse(value)
+        except Exception as error:
+            value = self._recover(error, args, kwargs, begin)
+        stats = self.stats
+        seconds = perf_counter() - begin
+        stats.calls += 1
+        stats.total_s += seconds
+        if seconds > stats.max_s:
+            stats.max_s = seconds
+        return value
+
+    def _recover(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any], begin: float) -> Any:
+        """Retry, then report; what the core receives instead of a value."""
+        for _ in range(self.policy.retries):
+            _raise_if_passing(error)
+            try:
+                return self._call(*args, **kwargs)
+            except Exception as again:
+                error = again
+        _raise_if_passing(error)
+        try:
+            self._guard.report(self.failed(error, args, kwargs), self.stats)
+        except BaseException:
+            self.stats.add(perf_counter() - begin)
+            raise
+        return _DROPPED.get(self.point.name)
+
+    async def call_async(self, *args: Any, **kwargs: Any) -> Any:
+        """The canonical call of an awaited plug point. A tolerated failure is returned as a `Failure`."""
+        begin = perf_counter()
+        try:
+            return await self._attempts(self._call, args, kwargs)
+        except Exception as error:
+            _raise_if_passing(error)
+            return self._guard.report(self.failed(error, args, kwargs), self.stats)
+        finally:
+            self.stats.add(perf_counter() - begin)
+
+    async def _attempts(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any) -> Any:
+        delay = RETRY_DELAY_S
+        for _ in range(self.policy.retries):
+            try:
+                return await self._limited(call, args, kwargs)
+            except Exception as error:
+                _raise_if_passing(error)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MAX_RETRY_DELAY_S)
+        return await self._limited(call, args, kwargs)
+
+    async def _limited(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any) -> Any:
+        if self.timeout_s is None:
+            return await call(*args, **kwargs)
+        scope = asyncio.timeout(self.timeout_s)
+        try:
+            async with scope:
+                return await call(*args, **kwargs)
+        except TimeoutError as error:
+            if scope.expired():
+                raise TookTooLong from error
+            raise
+
+    def failed(
+        self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any], *, call: str = "call",
+        sample: Sample | None = None,
+    ) -> FailedCall:  # fmt: skip
+        return FailedCall(
+            point=self.point,
+            path=self.path,
+            form=self.form,
+            source=self.source,
+            policy=self.policy,
+            error=error,
+            inputs=(args, kwargs),
+            call=call,
+            sample=sample or first_sample((*args, *kwargs.values())),
+            timeout_s=self.timeout_s if isinstance(error, TookTooLong) else None,
+        )
+
+
+class TookTooLong(Exception):
+    """A call passed the time limit of its Hook; its cause is the TimeoutError."""
+
+
+class ObjectHook(Hook):
+    """A plug point that makes an object once: the data source."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.state_holder = super().__call__(*args, **kwargs)
+        return self.state_holder
+
+
+class GenerateHook(Hook):
+    """The generate function: a failed attempt leaves the sample as it was, so that a retry starts anew."""
+
+    async def _limited(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any) -> Any:
+        attributes = vars(args[0].sample)
+        before = {k: copy.copy(v) if isinstance(v, _CHANGED_IN_PLACE) else v for k, v in attributes.items()}
+        try:
+            return await super()._limited(call, args, kwargs)
+        except Exception:
+            attributes.clear()
+            attributes.update(before)
+            raise
+
+
+_CHANGED_IN_PLACE = (list, dict, Sample.SpecInfo, Sample.PrefixCacheInfo)
+
+
+class RewardHook(Hook):
+    """The reward: values are checked, one sample or several at once."""
+
+    async def call_async(self, args: Namespace, sample: Sample) -> Any:
+        """The reward of one sample, or a Failure: never None, NaN or a number that was not returned."""
+        return await self._scored(args, sample)
+
+    async def _scored(self, args: Namespace, sample: Sample) -> Any:
+        begin = perf_counter()
+        try:
+            return await self._attempts(self._checked, (args, sample), {})
+        except Exception as error:
+            _raise_if_passing(error)
+            return self._guard.report(self.failed(error, (args, sample), {}, sample=sample), self.stats)
+        finally:
+            self.stats.add(perf_counter() - begin)
+
+    async def _checked(self, args: Namespace, sample: Sample) -> Any:
+        value = await self._call(args, sample)
+        problem = reward_problem(value, args)
+        if problem is not None:
+            raise problem
+        return value
+
+    async def call_batch_async(self, args: Namespace, samples: list[Sample]) -> list[Any]:
+        """One reward or Failure per sample, in order. Functions that take one sample run concurrently."""
+        if not samples:
+            return []
+        if self._adapted.batch is None:
+            return await _gather([self._scored(args, sample) for sample in samples])
+        begin = perf_counter()
+        try:
+            return list(await self._attempts(self._checked_batch, (args, samples), {}))
+        except BadEntries as error:
+            return self._entries(error, args, samples)
+        except Exception as error:
+            _raise_if_passing(error)
+            failed = self.failed(error, (args, samples), {}, call="batch", sample=samples[0])
+            failure = self._guard.report(failed, self.stats, count=len(samples))
+            return [_of_sample(failure, sample) for sample in samples]
+        finally:
+            self.stats.add(perf_counter() - begin, len(samples))
+
+    async def _checked_batch(self, args: Namespace, samples: list[Sample]) -> list[Any]:
+        assert self._adapted.batch is not None
+        values: list[Any] = await self._adapted.batch(args, samples)
+        problems = [reward_problem(value, args) for value in values]
+        if any(p is not None for p in problems):
+            raise BadEntries([p or value for p, value in zip(problems, values, strict=True)])
+        return values
+
+    def _entries(self, error: BadEntries, args: Namespace, samples: list[Sample]) -> list[Any]:
+        """The good values of a batch, and a Failure for each bad one."""
+        entries: list[Any] = []
+        for value, sample in zip(error.entries, samples, strict=True):
+            if isinstance(value, BadReturn):
+                failed = self.failed(value, (args, samples), {}, call="batch", sample=sample)
+                value = self._guard.report(failed, self.stats)
+            entries.append(value)
+        return entries
+
+
+class BadEntries(Exception):
+    """Some scores of a batch cannot be used: `entries` holds a BadReturn in the place of each."""
+
+    def __init__(self, entries: list[Any]) -> None:
+        self.entries = entries
+        super().__init__("some rewards of the batch cannot be used")
+
+
+def _of_sample(failure: Failure, sample: Sample) -> Failure:
+    return Failure(**{**vars(failure), "sample_index": sample.index})
+
+
+class RolloutHook(Hook):
+    """A rollout or evaluation function: `build` once, then `run` (synchronous) or `call_async` per rollout."""
+
+    def __init__(self, *args: Any, threads: Threads | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._threads = threads
+
+    def build(self, given: RolloutFnConstructorInput) -> Any:
+        """The object that is called once per rollout: an instance of the class, or a stand-in for the function."""
+        assert self._adapted.build is not None
+        try:
+            built = self._adapted.build(given)
+        except Exception as error:
+            _raise_if_passing(error)
+            self._guard.report(self.failed(error, (given,), {}, call="build"), self.stats)
+            raise
+        if self.form == "class":
+            self.state_holder = built
+        return built
+
+    def run(
+        self, obj: Any, input: RolloutFnInput, runner: Callable[[Coroutine[Any, Any, Any]], Any]
+    ) -> RolloutFnTrainOutput | RolloutFnEvalOutput:
+        """One rollout, inline; `runner` runs the coroutine of an `async def` one (on the event-loop thread)."""
+
+        def call(obj: Any, input: RolloutFnInput) -> Any:
+            value = obj(input)
+            return rollout_output(runner(_awaited(value)) if inspect.isawaitable(value) else value, input)
+
+        begin = perf_counter()
+        try:
+            output: RolloutFnTrainOutput | RolloutFnEvalOutput = call(obj, input)
+            return output
+        except Exception as error:
+            _raise_if_passing(error)
+            self._guard.report(self.failed(error, (input,), {}), self.stats)
+            raise
+        finally:
+            self.stats.add(perf_counter() - begin)
+
+    async def call_async(self, obj: Any, input: RolloutFnInput) -> RolloutFnTrainOutput | RolloutFnEvalOutput:
+        """One rollout from inside an event loop. A synchronous function runs in a thread: it may wait for this loop."""
+        begin = perf_counter()
+        try:
+            if self._threads is None or is_async(self.target) or is_async(obj):
+                value = obj(input)
+            else:
+                value = await self._threads.run(obj, input)
+            return rollout_output(await value if inspect.isawaitable(value) else value, input)
+        except Exception as error:
+            _raise_if_passing(error)
+            self._guard.report(self.failed(error, (input,), {}), self.stats)
+            raise
+        finally:
+            self.stats.add(perf_counter() - begin)
+
+
+async def _awaited(value: Awaitable[Any]) -> Any:
+    return await value
+
+
+async def _gather(coroutines: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """`asyncio.gather` that leaves nothing running behind an error."""
+    tasks = [asyncio.ensure_future(c) for c in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _raise_if_passing(error: BaseException) -> None:
+    untouched = passes(error)
+    if untouched is not None:
+        raise untouched
+
+
+def _refuse(coroutine: Any) -> Any:
+    coroutine.close()
+    raise BadReturn("type", "returned a coroutine, but this plug point is called synchronously", "write `def`")

@@ -1,0 +1,143 @@
+"""What a plug-in returned, checked: rewards above all. A value that cannot be used is a `BadReturn`, never a number."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from miles.types import GenerateFnOutput, Sample
+
+Kind = Literal["none", "nan", "type", "length"]
+
+
+class BadReturn(Exception):
+    """A plug-in returned something that cannot be used. `kind` is that of `miles.types.Failure`."""
+
+    def __init__(self, kind: Kind, message: str, hint: str = "") -> None:
+        self.kind, self.hint = kind, hint
+        super().__init__(message)
+
+
+_NO_RETURN = "does every branch of the function return a value?"
+
+
+def reward_problem(value: Any, args: Namespace) -> BadReturn | None:
+    """What is wrong with the score of one sample, if anything.
+
+    Legal are finite numbers, bools, numpy scalars, 0-dim and 1-D tensors and arrays; with `--reward-key` a dict that
+    has such a value under the key; without it a dict where a plug-in turns rewards into numbers later.
+    """
+    if type(value) is float or type(value) is int:
+        return None if math.isfinite(value) else _not_finite(value)
+    settings = vars(args)
+    keys = [k for k in (settings.get("reward_key"), settings.get("eval_reward_key")) if k]
+    if isinstance(value, dict):
+        return _dict_problem(value, keys, settings)
+    problem = _number_problem(value)
+    if problem is None and settings.get("reward_key"):
+        key = settings["reward_key"]
+        return BadReturn("type", f"returned {value!r}, expected a dict with {key!r}", f"--reward-key is {key!r}")
+    return problem
+
+
+def _dict_problem(value: dict[Any, Any], keys: Sequence[str], settings: dict[str, Any]) -> BadReturn | None:
+    if keys:
+        present = [k for k in keys if k in value]
+        if not present:
+            have = ", ".join(map(repr, value)) or "none"
+            hint = f"--reward-key is {keys[0]!r}; the dict has {have}"
+            return BadReturn("type", f"returned a dict without {keys[0]!r}", hint)
+        return next((p for p in (_number_problem(value[k]) for k in present) if p is not None), None)
+    if settings.get("custom_reward_post_process_path") or settings.get("custom_convert_samples_to_train_data_path"):
+        return None
+    have = ", ".join(map(repr, value)) or "none"
+    return BadReturn("type", "returned a dict, expected a number", f"name the score: --reward-key; keys: {have}")
+
+
+def _number_problem(value: Any) -> BadReturn | None:
+    if value is None:
+        return BadReturn("none", "returned None, expected a number", _NO_RETURN)
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, numbers.Real) and not hasattr(value, "ndim"):
+        return None if math.isfinite(value) else _not_finite(value)
+    dimensions = getattr(value, "ndim", None)
+    if dimensions is None or not hasattr(value, "dtype"):
+        return BadReturn("type", f"returned {_short(value)}, expected a number", _type_hint(value))
+    if dimensions > 1:
+        return BadReturn("type", f"returned an array of {dimensions} dimensions, expected a number or a 1-D tensor")
+    return _array_problem(value)
+
+
+def _array_problem(value: Any) -> BadReturn | None:
+    try:
+        as_number = value * 1.0
+        finite = bool((as_number - as_number == 0).all())
+    except (TypeError, RuntimeError, ValueError):
+        return BadReturn("type", f"returned {_short(value)}, expected a number")
+    return None if finite else _not_finite(value)
+
+
+def _not_finite(value: Any) -> BadReturn:
+    return BadReturn("nan", f"returned {_short(value)}, expected a finite number", "look for a division or a log of 0")
+
+
+def _type_hint(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "one sample has one reward; a function that scores several names its second parameter samples"
+    if isinstance(value, str):
+        return "convert it: float(...)"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def reward_list(values: Any, count: int) -> list[Any]:
+    """The scores of a batch as a list of `count` values. Raises BadReturn for another length or type."""
+    if values is None:
+        raise BadReturn("none", f"returned None for {count} samples, expected a list of {count} rewards", _NO_RETURN)
+    if isinstance(values, (str, bytes, dict)) or getattr(values, "ndim", 1) == 0 or not hasattr(values, "__len__"):
+        raise BadReturn(
+            "type", f"returned {_short(values)} for {count} samples, expected a list of {count} rewards",
+            "a group arrives as a list: annotate the parameter `sample: Sample` to be called once per sample",
+        )  # fmt: skip
+    if len(values) != count:
+        raise BadReturn("length", f"returned {len(values)} rewards for {count} samples")
+    return list(values)
+
+
+def generate_output(value: Any) -> GenerateFnOutput:
+    """Wrap what a generate function returned. Raises BadReturn for anything but samples."""
+    if isinstance(value, GenerateFnOutput):
+        value = value.samples
+    if isinstance(value, Sample) or (isinstance(value, list) and all(isinstance(s, Sample) for s in value)):
+        return GenerateFnOutput(samples=value)
+    if value is None:
+        raise BadReturn("none", "returned None, expected the Sample", "end the function with `return sample`")
+    raise BadReturn("type", f"returned {_short(value)}, expected a Sample, a list of Samples or a GenerateFnOutput")
+
+
+def tuple_of(value: Any, count: int, names: str) -> Any:
+    """`value` if it is a tuple (or list) of `count` entries. Raises BadReturn otherwise."""
+    if value is None:
+        raise BadReturn("none", f"returned None, expected {names}", _NO_RETURN)
+    if not isinstance(value, (tuple, list)):
+        raise BadReturn("type", f"returned {_short(value)}, expected {names}")
+    if len(value) != count:
+        raise BadReturn("length", f"returned {len(value)} values, expected {names}")
+    return value
+
+
+def of_type(value: Any, expected: type | tuple[type, ...], name: str) -> Any:
+    """`value` if it is an instance. Raises BadReturn otherwise."""
+    if value is None:
+        raise BadReturn("none", f"returned None, expected {name}", _NO_RETURN)
+    if not isinstance(value, expected):
+        raise BadReturn("type", f"returned {_short(value)}, expected {name}")
+    return value

@@ -1,0 +1,158 @@
+"""Log-probabilities and entropies of given tokens, from hidden states or from logits.
+
+`linear_log_probs` fuses the projection to the vocabulary with the softmax, a chunk of tokens at a time: no [T, V]
+tensor outlives a chunk, forward or backward. `log_probs_from_logits` is the plain version for logits that exist anyway.
+
+The softmax runs in float32 (float64 for float64 inputs), whatever the dtype of the projection. A backend whose
+vocabulary is cut over tensor-parallel ranks brings its own versions with these signatures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements of the [chunk, V] temporaries: 16 MiB each in float32, which stays inside the caches of a server CPU.
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """`log_probs` [T] of the target tokens, and the `entropy` [T] of the distributions they came from if asked for."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_tokens: int | None = None,
+) -> TokenLogProbs:
+    """log softmax(hidden @ weight.T / temperature) at `targets`, and the entropy of the same distributions.
+
+    `hidden` [T, D] and `weight` [V, D] of one dtype, `targets` int64 [T]. Differentiable in hidden and weight. Where
+    everything fits one chunk, the probabilities are kept for the backward pass; otherwise each chunk's logits are
+    computed again there. `chunk_tokens` (`--log-probs-chunk-size`) sets the size of a chunk; None fits
+    `CHUNK_ELEMENTS`.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = max(CHUNK_ELEMENTS // weight.shape[0], 1)
+    log_probs, entropy = LinearLogProbs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, temperature, with_entropy, chunk_tokens
+    )
+    return TokenLogProbs(log_probs, entropy)
+
+
+def log_probs_from_logits(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+) -> TokenLogProbs:
+    """The same from `logits` [T, V]; -inf logits (tokens that cannot occur) are allowed."""
+    wide = torch.promote_types(torch.float32, logits.dtype)
+    log_p = torch.log_softmax(logits.to(wide) / temperature, dim=-1)
+    log_probs = log_p.gather(-1, targets[:, None]).squeeze(-1)
+    if not with_entropy:
+        return TokenLogProbs(log_probs, None)
+    # 0 * log 0 is 0: the floor keeps -inf out of the product.
+    floored = log_p.clamp(min=torch.finfo(wide).min)
+    return TokenLogProbs(log_probs, -(log_p.exp() * floored).sum(-1))
+
+
+class LinearLogProbs(torch.autograd.Function):
+    """With z = h W^T / temperature, p = softmax(z), l = log p_y and H = -sum p log p:
+
+    dl/dz = onehot(y) - p        dH/dz = -p (log p + H)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        wide = torch.promote_types(torch.float32, hidden.dtype)
+        num_tokens = hidden.shape[0]
+        log_probs = torch.empty(num_tokens, dtype=wide, device=hidden.device)
+        entropy = torch.empty_like(log_probs) if with_entropy else None
+        normalizers = torch.empty_like(log_probs)
+        kept = None
+        for part in chunks(num_tokens, chunk_tokens):
+            z = scaled_logits(hidden[part], weight, temperature, wide)
+            torch.logsumexp(z, dim=-1, out=normalizers[part])
+            log_probs[part] = z.gather(-1, targets[part, None]).squeeze(-1) - normalizers[part]
+            z.sub_(normalizers[part, None])  # log p
+            if entropy is not None:
+                entropy[part] = -(z.exp() * z).sum(-1)
+            kept = z if num_tokens <= chunk_tokens else None
+        ctx.temperature, ctx.chunk_tokens, ctx.wide = temperature, chunk_tokens, wide
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, targets, normalizers, entropy, kept)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        hidden, weight, targets, normalizers, entropy, kept = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=ctx.wide) if need_weight else None
+        if grad_log_probs is None and grad_entropy is None:
+            return grad_hidden, none_or_cast(grad_weight, weight.dtype), None, None, None, None
+        for part in chunks(hidden.shape[0], ctx.chunk_tokens):
+            if kept is not None:
+                log_p = kept
+            else:
+                log_p = scaled_logits(hidden[part], weight, ctx.temperature, ctx.wide).sub_(normalizers[part, None])
+            grad_z = log_p.exp()
+            if grad_entropy is None:
+                assert grad_log_probs is not None
+                grad_z.mul_(-grad_log_probs[part, None])
+            else:
+                pull = (log_p + entropy[part, None]).mul_(grad_entropy[part, None])
+                grad_z.mul_(pull if grad_log_probs is None else pull.add_(grad_log_probs[part, None])).neg_()
+            if grad_log_probs is not None:
+                grad_z.scatter_add_(-1, targets[part, None], grad_log_probs[part, None])
+            if ctx.temperature != 1.0:
+                grad_z.div_(ctx.temperature)
+            grad_logits = grad_z.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                accumulate_product(grad_weight, grad_logits, hidden[part])
+        return grad_hidden, none_or_cast(grad_weight, weight.dtype), None, None, None, None
+
+
+def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
+    """A fresh [chunk, V] tensor."""
+    z = (hidden @ weight.T).to(wide)
+    return z.div_(temperature) if temperature != 1.0 else z
+
+
+def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a.T @ b; the sum over chunks is kept in the dtype of `total`."""
+    if total.dtype == a.dtype:
+        total.addmm_(a.T, b)
+    else:
+        total += a.T @ b
+
+
+def chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
+    return [slice(start, start + chunk_tokens) for start in range(0, num_tokens, chunk_tokens)]
+
+
+def none_or_cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)

@@ -1,0 +1,1 @@
+"""Built-in dynamic filters and what is needed to call and count them."""

@@ -1,0 +1,41 @@
+"""The built-in generate function: one request, one response, resumed where an abort cut it short."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miles.rollout.generate_utils.generate_endpoint_utils import (
+    compute_prompt_ids_from_sample,
+    compute_request_payload,
+    update_sample_from_response,
+)
+from miles.types import GenerateFnInput, GenerateFnOutput, Sample
+
+
+async def generate(input: GenerateFnInput) -> GenerateFnOutput:
+    """Fill `input.sample` from one engine call.
+
+    A sample that was aborted goes on from its tokens with what is left of `max_new_tokens`; none left, or a full
+    context, makes it TRUNCATED without a request.
+    """
+    state: Any = input.state
+    sample, params = input.sample, dict(input.sampling_params)
+    assert sample.status in (Sample.Status.PENDING, Sample.Status.ABORTED), f"sample is {sample.status}"
+    if sample.tokens:
+        input_ids = sample.tokens
+        if params.get("max_new_tokens") is not None:
+            params["max_new_tokens"] -= sample.response_length
+            if params["max_new_tokens"] <= 0:
+                sample.status = Sample.Status.TRUNCATED
+                return GenerateFnOutput(samples=sample)
+    else:
+        input_ids = compute_prompt_ids_from_sample(state, sample)
+
+    payload, halt = compute_request_payload(input.args, input_ids, params, sample.multimodal_inputs)
+    if payload is None:
+        assert halt is not None
+        sample.status = halt
+        return GenerateFnOutput(samples=sample)
+    output = await state.context.client.generate(payload)
+    await update_sample_from_response(input.args, sample, payload, output)
+    return GenerateFnOutput(samples=sample)

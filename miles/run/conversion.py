@@ -1,0 +1,35 @@
+"""Flat samples to one train batch, through the plug points of that step.
+
+A custom conversion replaces everything; otherwise rewards are post-processed (plug-in or default) and the default
+conversion follows. Samples whose score failed are shown to no plug-in; the default conversion keeps their places with
+an empty loss mask, so that a failed score never costs its neighbours their training.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from miles.batch import TrainBatch, default_rewards, from_published_dict, plugin_rewards, to_train_batch
+from miles.config import RunConfig
+from miles.hooks import Hooks
+from miles.types import Sample, is_failed
+
+
+def convert(config: RunConfig, args: Namespace, hooks: Hooks, samples: list[Sample]) -> TrainBatch:
+    """`samples` fill whole optimizer steps."""
+    custom = hooks.custom_convert_samples_to_train_data
+    if custom is not None:
+        return from_published_dict(custom(args, [s for s in samples if not is_failed(s)]))
+    post_process = hooks.custom_reward_post_process
+    if post_process is not None:
+        raw, rewards = plugin_rewards(samples, lambda scored: post_process(args, scored))
+    else:
+        raw, rewards = default_rewards(
+            samples,
+            reward_key=config.reward.reward_key,
+            estimator=config.algorithm.advantage_estimator,
+            normalization=config.algorithm.rewards_normalization,
+            std_normalization=config.algorithm.grpo_std_normalization,
+            n_samples_per_prompt=config.data.n_samples_per_prompt,
+        )
+    return to_train_batch(samples, raw, rewards)

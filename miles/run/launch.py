@@ -1,0 +1,216 @@
+"""Everything of a local run, put together in order and taken apart again.
+
+    run directory ── who else is using it is found out first
+    backend ──────── the model, restored from --load where there is a checkpoint
+    engine ───────── on the same tensors; serves the protocol on loopback, so that plug-ins can post to it
+    manager ──────── data source, rollout functions
+    actor ────────── losses, optimizer steps, weight updates
+    driver ───────── `miles.run.train`
+
+The trainer, the engine and the manager share this process. On a cluster the same classes are built inside Ray actors;
+`Run` is all the driver ever sees.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from miles.config import RunConfig
+from miles.config.dump import resolved
+from miles.engine.client import EngineClient, LocalEngineClient
+from miles.engine.embedded.engine import EmbeddedEngine, end_of_sequence_ids
+from miles.engine.embedded.model import load_config
+from miles.hooks import Hooks
+from miles.observe.display import Display
+from miles.observe.logging import configure_logger
+from miles.observe.record import RunRecord
+from miles.observe.summary import RunClock
+from miles.observe.tracking import Tracker
+from miles.observe.tracking import install as install_tracker
+from miles.rollout import context
+from miles.rollout.tokenizer import load_tokenizer
+from miles.run import host, resume, serve
+from miles.run.manager import RolloutManager
+from miles.run.roles import RolloutRole, TrainRole
+from miles.run.watch import Watch
+from miles.trainer.actor import TrainActor
+from miles.trainer.fsdp.backend import FsdpBackend
+from miles.trainer.schedule import schedule_of
+from miles.weights.in_process import InProcess
+
+# Requests that decode together; the rest wait. More cost memory for keys and values and gain little on a CPU.
+DEFAULT_RUNNING_REQUESTS = 256
+
+
+@dataclass
+class Run:
+    """A run that is ready to go. `trainer` is None under `--debug-rollout-only`."""
+
+    config: RunConfig
+    args: Namespace
+    record: RunRecord
+    display: Display
+    clock: RunClock
+    watch: Watch
+    rollout: RolloutRole
+    trainer: TrainRole | None
+    start_rollout_id: int
+    num_rollout: int
+    num_rollout_per_epoch: int | None
+
+    async def save(self, rollout_id: int) -> None:
+        """One checkpoint of everything, and the Hugging Face folder that `--save-hf` names."""
+        assert self.trainer is not None and self.config.checkpoint.save is not None
+        self.record.flush()
+        await self.trainer.call(self._write_checkpoint, rollout_id)
+
+    def _write_checkpoint(self, rollout_id: int) -> None:
+        assert self.trainer is not None and self.config.checkpoint.save is not None
+        actor, checkpoint = self.trainer.actor, self.config.checkpoint
+        meta = resume.new_meta(
+            rollout_id,
+            steps=actor.steps_done,
+            weight_version=actor.weight_version,
+            world_size=1,
+            seed=self.config.run.seed,
+        )
+        resume.write(
+            Path(self.config.checkpoint.save),
+            meta,
+            lambda folder: actor.backend.save(folder, with_optimizer=not checkpoint.no_save_optim),
+            lambda: self.rollout.manager.save(rollout_id),
+        )
+        if checkpoint.save_hf is not None:
+            actor.backend.export_hf(Path(checkpoint.save_hf.format(rollout_id=rollout_id)))
+
+    async def export_final(self) -> None:
+        """The trained model as a Hugging Face folder in the run directory."""
+        assert self.trainer is not None
+        await self.trainer.call(self.trainer.actor.backend.export_hf, self.record.path / "model")
+
+    def close_display(self) -> None:
+        self.display.close()
+
+
+@contextmanager
+def start(config: RunConfig, args: Namespace, hooks: Hooks) -> Iterator[Run]:
+    """Build a run; close everything that was opened, in the opposite order, however it ends."""
+    with ExitStack() as stack:
+        yield _build(config, args, hooks, stack)
+
+
+def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -> Run:
+    clock = RunClock()
+    if config.run.quiet or config.run.progress != "none":
+        configure_logger(level=logging.WARNING)
+    else:
+        configure_logger()
+    checkpoint = resume.find(config.checkpoint.load)
+    record = stack.enter_context(_open_record(config, resuming=checkpoint is not None))
+    record.write_config(resolved(config, args))
+    record.write_versions(hooks.sources())
+    hooks.set_bundle_dir(record.path / "failures")
+    tracker = stack.enter_context(Tracker.open(config.tracking, record, config=vars(args)))
+    install_tracker(tracker)
+
+    host.keep_freed_memory()
+    resume.seed_everything(config.run.seed)
+    backend = None
+    if not config.debug.debug_rollout_only:
+        backend = FsdpBackend(str(config.rollout.hf_checkpoint), config.train, config.optimizer)
+    engine, client = _start_engine(config, args, backend, stack)
+    context.install(
+        None if client is None else context.RunContext(hooks=hooks, client=client, seeds_each_sample=True)
+    )
+    stack.callback(context.install, None)
+
+    start_rollout_id = config.checkpoint.start_rollout_id or 0
+    if checkpoint is not None:
+        start_rollout_id = checkpoint.meta.next_rollout_id
+    args.start_rollout_id = start_rollout_id
+    manager = RolloutManager(config, args, hooks, client, tracker, record, dp_size=lambda: 1)
+    per_epoch = manager.num_rollout_per_epoch() if config.data.num_epoch is not None else None
+    num_rollout = config.data.num_rollout
+    if num_rollout is None:
+        assert per_epoch is not None and config.data.num_epoch is not None
+        num_rollout = per_epoch * config.data.num_epoch
+    args.num_rollout = num_rollout
+
+    trainer = None
+    if backend is not None:
+        backend.use_schedule(schedule_of(config.optimizer, num_rollout * (config.data.steps_per_rollout or 1)))
+        actor = TrainActor(
+            backend,
+            config,
+            args,
+            hooks,
+            tracker,
+            transport=InProcess(engine) if engine is not None else None,
+            on_step=clock.optimizer_step,
+        )
+        if checkpoint is not None:
+            meta = checkpoint.meta
+            actor.restore(checkpoint.folder, weight_version=meta.weight_version, steps_done=meta.global_step)
+            manager.load(start_rollout_id - 1)
+            record.rewind(start_rollout_id)
+            resume.restore_rng(checkpoint.folder)
+        trainer = TrainRole(actor)
+        stack.callback(trainer.close)
+    rollout = RolloutRole(manager)
+    stack.callback(rollout.close)
+    display = stack.enter_context(
+        Display(num_rollout, config.run.progress, done=start_rollout_id, quiet=config.run.quiet)
+    )
+    watch = Watch(config, hooks, record, display, clock, num_rollout)
+    _announce(config, record, display, checkpoint, start_rollout_id)
+    return Run(
+        config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch
+    )
+
+
+def _open_record(config: RunConfig, *, resuming: bool) -> RunRecord:
+    inputs = [p for p in (config.rollout.hf_checkpoint, config.checkpoint.load) if p is not None]
+    return RunRecord(str(config.run.run_dir), resume=resuming, inputs=inputs)
+
+
+def _start_engine(
+    config: RunConfig, args: Namespace, backend: FsdpBackend | None, stack: ExitStack
+) -> tuple[EmbeddedEngine | None, EngineClient | None]:
+    """The embedded engine on the trainer's own tensors (or on the folder's, without a trainer), and its server."""
+    if config.debug.debug_train_only:
+        return None, None
+    folder = str(config.rollout.hf_checkpoint)
+    options = dict(
+        max_running_requests=config.engine.sglang_max_running_requests or DEFAULT_RUNNING_REQUESTS,
+        max_total_tokens=config.engine.sglang_max_total_tokens,
+        context_length=config.engine.sglang_context_length,
+        seed=config.run.seed,
+    )
+    if backend is None:
+        engine = EmbeddedEngine.from_folder(folder, **options)
+    else:
+        tokenizer, hf_config = load_tokenizer(folder, trust_remote_code=True), load_config(folder)
+        eos = end_of_sequence_ids(hf_config, tokenizer, folder)
+        engine = EmbeddedEngine(hf_config, backend.weights(), tokenizer, eos_token_ids=eos, model_path=folder, **options)
+    stack.callback(engine.close)
+    address = stack.enter_context(serve.on_loopback(engine, config.engine.sglang_router_port))
+    args.sglang_router_ip, args.sglang_router_port = address
+    return engine, LocalEngineClient(engine, "http://{}:{}".format(*address))
+
+
+def _announce(
+    config: RunConfig, record: RunRecord, display: Display, checkpoint: resume.Checkpoint | None, start: int
+) -> None:
+    if record.moved_aside is not None:
+        display.notice(f"{record.path} held an earlier run, which is now {record.moved_aside}")
+    for notice in config.notices:
+        display.notice(notice)
+    if checkpoint is not None:
+        display.notice(f"resuming from {checkpoint.folder}: rollout {start} is next")
+    elif config.checkpoint.load is not None:
+        display.notice(f"--load {config.checkpoint.load} holds no checkpoint yet: starting from --hf-checkpoint")

@@ -1,0 +1,240 @@
+"""The rollout side of a run: data source, rollout function, conversion. Prompts in, shards of a train batch out.
+
+One `generate` in order; the names in brackets are plug points:
+
+    samples    [rollout function] -> groups          or the samples of --load-debug-rollout-data
+    flatten    nested lists -> samples; failed ones set aside
+    trim       to a multiple of the global batch size
+    dump       --save-debug-rollout-data
+    log        [rollout log function], else the default metrics
+    convert    [convert samples], else [reward post-process] and the default conversion
+    split      one shard per data-parallel rank
+
+The manager runs in a thread (or an actor) of its own; rollout functions run their coroutines on the event loop of
+`miles.rollout.loop_thread`, which this class never blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles.batch import TrainBatch, TrimmedRollout, flatten_groups, split_batch, trim_rollout
+from miles.config import RunConfig
+from miles.engine.client import EngineClient
+from miles.errors import UsageError
+from miles.hooks import Hooks
+from miles.observe import debug_data
+from miles.observe import metrics as M
+from miles.observe.record import RunRecord
+from miles.observe.tracking import Tracker
+from miles.rollout.loop_thread import run
+from miles.run.conversion import convert
+from miles.types import (
+    RolloutFnConstructorInput,
+    RolloutFnEvalInput,
+    RolloutFnEvalOutput,
+    RolloutFnTrainInput,
+    RolloutFnTrainOutput,
+    Sample,
+    is_failed,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """One rollout, ready to be trained.
+
+    `shards` has one entry per data-parallel rank, `global_batch_size` counts over all of them. `seconds` is the time of the rollout function alone.
+    """
+
+    rollout_id: int
+    shards: list[TrainBatch]
+    global_batch_size: int
+    seconds: float
+    samples: int
+    response_tokens: int
+    mean_reward: float | None
+    failed_scores: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """`accuracy` is the mean reward per data set; `example` one sample of the first data set."""
+
+    rollout_id: int
+    accuracy: dict[str, float]
+    metrics: dict[str, Any]
+    example: Sample | None
+
+
+class RolloutManager:
+    """Owns the data source and the rollout and evaluation functions of one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        args: Namespace,
+        hooks: Hooks,
+        client: EngineClient | None,
+        tracker: Tracker,
+        record: RunRecord,
+        dp_size: Callable[[], int],
+    ) -> None:
+        self.config, self.args, self.hooks, self.client = config, args, hooks, client
+        self.tracker, self.record, self._dp_size = tracker, record, dp_size
+        self.data_source: Any = hooks.data_source(args)
+        given = RolloutFnConstructorInput(args=args, data_source=self.data_source)
+        self._rollout_fn = hooks.rollout_function.build(given)
+        self._eval_fn = hooks.eval_function.build(given)
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def generate(self, rollout_id: int) -> RolloutReport:
+        """One rollout. Raises HookError where a plug-in failed, ErrorBudgetExceeded where too many calls did."""
+        self.hooks.begin_rollout()
+        begin = time.perf_counter()
+        output = self._samples(rollout_id)
+        seconds = time.perf_counter() - begin
+        flat = flatten_groups(output.samples)
+        trimmed = self._trim(flat)
+        samples = trimmed.samples
+        if self.config.debug.save_debug_rollout_data:
+            debug_data.save(self.config.debug.save_debug_rollout_data, rollout_id, samples)
+        scored = [s for s in samples if not is_failed(s)]
+        logged = self._log_rollout(rollout_id, scored, output.metrics, seconds, failed=len(samples) - len(scored))
+        self.record.write_rollout(rollout_id, samples)
+        batch = convert(self.config, self.args, self.hooks, samples)
+        return RolloutReport(
+            rollout_id=rollout_id,
+            shards=split_batch(batch, self._dp_size(), balance=self.config.data.balance_data),
+            global_batch_size=trimmed.global_batch_size,
+            seconds=seconds,
+            samples=len(samples),
+            response_tokens=sum(s.response_length for s in flat),
+            mean_reward=M.mean_reward(scored, self.config.reward.reward_key),
+            failed_scores=len(samples) - len(scored),
+            metrics=logged,
+        )
+
+    def _trim(self, samples: list[Sample]) -> TrimmedRollout:
+        """Recorded samples are taken as they are; without a trainer there is no step to fill."""
+        debug, data = self.config.debug, self.config.data
+        if debug.debug_rollout_only and data.global_batch_size is None:
+            return TrimmedRollout(samples, len(samples))
+        buffer = self.config.rollout_buffer
+        return trim_rollout(
+            samples,
+            data.global_batch_size,
+            dp_size=self._dp_size(),
+            dynamic=buffer.use_dynamic_global_batch_size,
+            enabled=not buffer.disable_rollout_trim_samples and debug.load_debug_rollout_data is None,
+        )
+
+    def _samples(self, rollout_id: int) -> RolloutFnTrainOutput:
+        debug = self.config.debug
+        if debug.load_debug_rollout_data:
+            loaded = debug_data.load(
+                debug.load_debug_rollout_data, rollout_id, debug.load_debug_rollout_data_subsample
+            )
+            return RolloutFnTrainOutput(samples=[loaded])
+        output = self.hooks.rollout_function.run(self._rollout_fn, RolloutFnTrainInput(rollout_id), run)
+        if not output.samples:
+            raise UsageError(
+                f"--rollout-function-path {self.hooks.rollout_function.path}: rollout {rollout_id} returned no "
+                "samples. Expected a non-empty list of groups."
+            )
+        return output
+
+    def _log_rollout(
+        self, rollout_id: int, samples: list[Sample], extra: dict[str, Any] | None, seconds: float, *, failed: int
+    ) -> dict[str, Any]:
+        """The plug-in's logging or the default one; what the default one logged."""
+        hook = self.hooks.custom_rollout_log_function
+        if hook is not None and hook(rollout_id, self.args, samples, extra, seconds):
+            return {}
+        if self.config.debug.load_debug_rollout_data:
+            return {}
+        logged = dict(extra or {})
+        logged |= M.rollout_metrics(
+            samples,
+            reward_key=self.config.reward.reward_key,
+            category_key=self.config.tracking.log_reward_category,
+            with_zero_std=not self.config.algorithm.use_critic,
+        )
+        logged["rollout/failed_scores"] = failed
+        logged |= M.perf_metrics(samples, seconds, self.args.rollout_num_gpus)
+        logged |= self.hooks.stats()
+        logged["rollout/step"] = M.compute_rollout_step(self.args, rollout_id)
+        self.tracker.log(logged, step_key="rollout/step")
+        return logged
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def eval(self, rollout_id: int) -> EvalReport | None:
+        """All evaluation data sets; None under `--debug-train-only`, where there is no engine."""
+        if self.config.debug.debug_train_only:
+            return None
+        output = self.hooks.eval_function.run(self._eval_fn, RolloutFnEvalInput(rollout_id), run)
+        assert isinstance(output, RolloutFnEvalOutput)
+        if self.config.debug.save_debug_rollout_data:
+            everything = [s for d in output.data.values() for s in d["samples"]]
+            debug_data.save(self.config.debug.save_debug_rollout_data, f"eval_{rollout_id}", everything)
+        hook = self.hooks.custom_eval_rollout_log_function
+        logged = M.eval_metrics(
+            output.data,
+            group_size={d.name: d.n_samples_per_eval_prompt for d in self.config.eval.eval_datasets},
+            with_pass_rate=self.config.tracking.log_passrate,
+            reward_key=self.config.reward.eval_reward_key or self.config.reward.reward_key,
+            category_key=self.config.tracking.log_reward_category,
+            extra=output.metrics,
+        )
+        if hook is None or not hook(rollout_id, self.args, output.data, output.metrics):
+            step = M.compute_rollout_step(self.args, rollout_id)
+            self.tracker.log({**logged, "eval/step": step}, step_key="eval/step")
+        first = next(iter(output.data.values()), {}).get("samples") or [None]
+        accuracy = {name: M.mean(d["rewards"]) for name, d in output.data.items()}
+        return EvalReport(rollout_id, accuracy, logged, first[0])
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def save(self, rollout_id: int) -> None:
+        """Data position, buffer and plug-in state after `rollout_id`."""
+        if self.config.data.rollout_global_dataset:
+            self.data_source.save(rollout_id)
+        state = self.hooks.state_dict()
+        if state:
+            path = _plug_in_state(self.args.save, rollout_id)
+            debug_data.write_torch(path, state, flag="--save")
+
+    def load(self, rollout_id: int) -> None:
+        if self.config.data.rollout_global_dataset:
+            self.data_source.load(rollout_id)
+        path = _plug_in_state(self.args.load, rollout_id)
+        if path.exists():
+            self.hooks.load_state_dict(torch.load(path, weights_only=True))
+
+    def num_rollout_per_epoch(self) -> int:
+        return len(self.data_source.dataset) // self.config.data.rollout_batch_size
+
+    def offload(self) -> None:
+        """Engines on this machine's CPU keep their cache: there is no second user of the memory."""
+        if self.client is not None:
+            run(self.client.flush_cache())
+
+    def onload(self) -> None:
+        """The counterpart of `offload`; the cache fills again by itself."""
+
+
+def _plug_in_state(root: str, rollout_id: int) -> Path:
+    return Path(root) / "rollout" / f"plug_ins_{rollout_id}.pt"

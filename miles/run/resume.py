@@ -1,0 +1,171 @@
+"""Checkpoints of a whole run: one folder per save, complete or absent, and how a run continues from one.
+
+    <save>/iter_0000020/                     20 rollouts are done
+        model/ optimizer/ lr_scheduler/      the trainer's share (safetensors)
+        rng.pt  meta.json                    random generators; counters and versions
+    <save>/rollout/global_dataset_state_dict_19.pt    data position and buffer after rollout 19
+    <save>/rollout/plug_ins_19.pt            what plug-ins with `state_dict` returned
+    <save>/latest_checkpointed_iteration.txt the number of the last complete checkpoint
+
+A save writes into a folder with another name, syncs, renames it, and moves the tracker file last: a crash at any
+moment leaves the previous checkpoint in force.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miles.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What `meta.json` holds.
+
+    Example: `{"iteration": 20, "rollout_id": 19, "next_rollout_id": 20, "global_step": 40, "micro_step": 40,
+    "world_size": 1, "timestamp": 1763879000.5, "weight_version": 21, "seed": 1234}`
+    """
+
+    iteration: int
+    rollout_id: int
+    next_rollout_id: int
+    global_step: int
+    micro_step: int
+    world_size: int
+    timestamp: float
+    weight_version: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    meta: Meta
+
+
+def find(load: str | None) -> Checkpoint | None:
+    """The latest complete checkpoint under `--load`; None where the folder has none yet.
+
+    None is no error: scripts name one folder for `--load` and `--save`, and the first run finds it empty.
+    """
+    if load is None or not (Path(load) / TRACKER).is_file():
+        return None
+    tracker = Path(load) / TRACKER
+    text = tracker.read_text().strip()
+    if not text.isdecimal():
+        raise CheckpointError(f"--load {load}: {tracker} holds {text!r}, expected the number of a checkpoint.")
+    folder = Path(load) / f"iter_{int(text):07d}"
+    meta = folder / "meta.json"
+    if not meta.is_file():
+        there = sorted(p.name for p in Path(load).glob("iter_*"))
+        raise CheckpointError(
+            f"--load {load}: {tracker.name} says {text}, but {meta} does not exist. Folders there: "
+            f"{', '.join(there) or 'none'}. Write the number of a complete one into {tracker}."
+        )
+    try:
+        return Checkpoint(folder, Meta(**json.loads(meta.read_text())))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"--load {load}: {meta} is damaged: {error}") from error
+
+
+def write(save: Path, meta: Meta, write_model: Callable[[Path], None], write_rollout: Callable[[], None]) -> Path:
+    """One checkpoint. `write_model(folder)` fills the model's part, `write_rollout()` the data source's."""
+    final = save / f"iter_{meta.iteration:07d}"
+    unfinished = save / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        write_model(unfinished)
+        torch.save(rng_state(), unfinished / "rng.pt")
+        (unfinished / "meta.json").write_text(json.dumps(asdict(meta), indent=1) + "\n")
+        sync_tree(unfinished)
+        write_rollout()
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    outdated = save / f".{final.name}.outdated"
+    if final.exists():
+        final.rename(outdated)
+    unfinished.rename(final)
+    shutil.rmtree(outdated, ignore_errors=True)
+    replace_file(save / TRACKER, f"{meta.iteration}\n".encode())
+    return final
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `path` so that a reader sees the old content or the new, never part of it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(unfinished, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    _sync(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- random generators -------------------------------------------------------------------------------------------
+
+
+def rng_state() -> dict[str, Any]:
+    """Python's, numpy's and torch's generators of this process, as tensors and plain numbers."""
+    import numpy as np
+
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, words, gauss_next = random.getstate()
+    return {
+        "python": [version, list(words), gauss_next],
+        "numpy": [kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+
+
+def restore_rng(folder: Path) -> None:
+    """Put the generators back to where `rng_state` found them."""
+    import numpy as np
+
+    state = torch.load(folder / "rng.pt", weights_only=True)
+    version, words, gauss_next = state["python"]
+    random.setstate((version, tuple(words), gauss_next))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+
+
+def seed_everything(seed: int) -> None:
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def new_meta(rollout_id: int, *, steps: int, weight_version: int, world_size: int, seed: int) -> Meta:
+    done = rollout_id + 1
+    return Meta(done, rollout_id, done, steps, steps, world_size, time.time(), weight_version, seed)

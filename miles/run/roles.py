@@ -1,0 +1,112 @@
+"""The parts of a run as awaitable handles, here each with a thread of its own in this process.
+
+    driver (event loop of the main thread)
+      ├── RolloutRole ── thread "rollout" ── RolloutManager: data source, rollout function, conversion
+      └── TrainRole ──── thread "train" ──── TrainActor: log-probs, advantages, optimizer steps
+
+The driver sees only these methods, each awaitable, each running its role's calls one after the other. On a cluster the
+same two classes hold Ray actors instead of objects and nothing else changes; a critic and a reference model are further
+`TrainRole`s. Values handed over are the manager's shards (there: references to them).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from miles.run.manager import EvalReport, RolloutManager, RolloutReport
+    from miles.trainer.actor import TrainActor, TrainReport
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class RoleThread:
+    """A thread that runs calls one after the other. A daemon: an impatient Ctrl-C must not wait for a long step."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, call = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+    async def call(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        future: Future[T] = Future()
+        self._calls.put((future, lambda: fn(*args, **kwargs)))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """No more calls; returns at once, the call in progress goes on."""
+        self._calls.put(None)
+
+
+class RolloutRole:
+    """Whoever makes batches."""
+
+    def __init__(self, manager: RolloutManager) -> None:
+        self.manager, self._thread = manager, RoleThread("rollout")
+
+    async def generate(self, rollout_id: int) -> RolloutReport:
+        return await self._thread.call(self.manager.generate, rollout_id)
+
+    async def evaluate(self, rollout_id: int) -> EvalReport | None:
+        return await self._thread.call(self.manager.eval, rollout_id)
+
+    async def save(self, rollout_id: int) -> None:
+        await self._thread.call(self.manager.save, rollout_id)
+
+    async def load(self, rollout_id: int) -> None:
+        await self._thread.call(self.manager.load, rollout_id)
+
+    async def offload(self) -> None:
+        """Free the engines' memory while somebody else uses the device."""
+        await self._thread.call(self.manager.offload)
+
+    async def onload(self) -> None:
+        await self._thread.call(self.manager.onload)
+
+    def close(self) -> None:
+        self._thread.close()
+
+
+class TrainRole:
+    """Whoever turns batches into weights: the actor; later a critic and a reference beside it."""
+
+    def __init__(self, actor: TrainActor) -> None:
+        self.actor, self._thread = actor, RoleThread("train")
+
+    async def train(self, rollout_id: int, rollout: RolloutReport) -> TrainReport:
+        """Train on a rollout; every data-parallel rank takes its shard."""
+        rank = self.actor.backend.parallel.dp_rank
+        return await self._thread.call(self.actor.train, rollout_id, rollout.shards[rank], rollout.global_batch_size)
+
+    async def update_weights(self) -> int:
+        """Hand the weights to the engines; the version that they serve from now on."""
+        return await self._thread.call(self.actor.update_weights)
+
+    async def call(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `fn` where this role's calls run, after those before it (saving, exporting)."""
+        return await self._thread.call(fn, *args, **kwargs)
+
+    async def offload(self) -> None:
+        await self._thread.call(self.actor.offload)
+
+    async def onload(self) -> None:
+        await self._thread.call(self.actor.onload)
+
+    def close(self) -> None:
+        self._thread.close()

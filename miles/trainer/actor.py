@@ -1,0 +1,340 @@
+"""One process's part in training on a rollout: everything that is the same for every backend.
+
+    plan        rows of each optimizer step
+    advantages  from rewards
+    log-probs   of the old policy, where they are not free    [before log-prob]
+                                                              [rollout-data post-process]
+    per step    micro batches -> loss -> gradients -> step    [before train step, loss, TIS, pg reducer]
+    metrics     train/* per step, rollout/* and perf/* per rollout
+
+Two things are not computed because they are known. Rows of a rollout's first optimizer step are trained while the
+policy still is the old one: their old log-probs are those of their own forward pass. Rows whose gradient is exactly
+zero (`miles.loss.exact_zero`) are not run at all; every denominator counts them all the same. With a plug-in that could
+see the difference, everything is computed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from miles.batch import PackedBatch, TrainBatch, by_count, by_tokens, pack, step_rows
+from miles.batch.ragged import IntArray
+from miles.config import RunConfig
+from miles.errors import UsageError
+from miles.hooks import Hooks
+from miles.loss.advantages import AdvantageInputs, compute_advantages
+from miles.loss.dispatch import compute_loss, loss_scale, step_count
+from miles.loss.exact_zero import zero_gradient_rows
+from miles.loss.logprobs import TokenLogProbs, linear_log_probs
+from miles.loss.published import custom_loss, loss_batch
+from miles.loss.reduce import ids_of
+from miles.loss.types import LossInputs, LossPlugins, LossSettings
+from miles.observe import debug_data
+from miles.observe.metrics import compute_rollout_step
+from miles.observe.tracking import Tracker
+from miles.trainer.backend import Backend, MicroLoss, ModelOutput
+from miles.trainer.report import mean_columns
+from miles.weights import WeightTransport
+
+# Metrics to which a sample of exactly zero gradient would contribute; their mean is over the samples that ran.
+OVER_SAMPLES_THAT_RAN = ("entropy_loss", "ppo_kl", "train_rollout_logprob_abs_diff", "ois", "tis", "tis_abs")
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What one rollout did to the model. `metrics` are those of the last optimizer step."""
+
+    rollout_id: int
+    steps: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class TrainActor:
+    """Trains one model with one backend. The same class trains an actor on every rank of every layout."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: RunConfig,
+        args: Namespace,
+        hooks: Hooks,
+        tracker: Tracker,
+        *,
+        transport: WeightTransport | None,
+        on_step: Callable[[], None],
+    ) -> None:
+        self.backend, self.config, self.args, self.hooks = backend, config, args, hooks
+        self.tracker, self.transport, self._on_step = tracker, transport, on_step
+        self.settings = LossSettings.of(config.algorithm)
+        self.plugins = LossPlugins(
+            tis=hooks.custom_tis_function,
+            pg_reducer=hooks.custom_pg_loss_reducer_function,
+            args=args,
+            parallel_state=backend.parallel,
+        )
+        self.temperature = config.rollout.rollout_temperature
+        self.weight_version = 0
+        self.steps_done = 0
+
+    # ---- a rollout -----------------------------------------------------------------------------------------------
+
+    def train(self, rollout_id: int, shard: TrainBatch, global_batch_size: int) -> TrainReport:
+        """Train on this rank's `shard`: one optimizer step per `global_batch_size` samples of all ranks."""
+        begin = time.perf_counter()
+        steps = step_rows(len(shard), global_batch_size // self.backend.parallel.dp_size)
+        if not steps:
+            raise UsageError(
+                f"--global-batch-size: {len(shard)} samples fill no optimizer step of {global_batch_size}. Lower it, or "
+                "leave out --disable-rollout-trim-samples."
+            )
+        self._prepare(rollout_id, shard, steps)
+        prepared = time.perf_counter()
+        if self.config.algorithm.reset_optimizer_states:
+            self.backend.reset_optimizer()
+        metrics: dict[str, float] = {}
+        for step_id, rows in enumerate(steps):
+            metrics = self._step(rollout_id, step_id, shard, rows, global_batch_size, len(steps))
+        end = time.perf_counter()
+        self._log_rollout(rollout_id, shard, prepare_s=prepared - begin, steps_s=end - prepared)
+        return TrainReport(rollout_id, len(steps), metrics)
+
+    def _prepare(self, rollout_id: int, shard: TrainBatch, steps: list[IntArray]) -> None:
+        """Fill the columns that losses read: advantages, returns, old log-probs, rollout log-probs."""
+        columns = shard.response_columns
+        if shard.rollout_log_probs is not None:
+            columns["rollout_log_probs"] = torch.from_numpy(shard.rollout_log_probs)
+        if self.config.algorithm.compute_advantages_and_returns:
+            self._advantages(shard)
+            if self._needs_all_log_probs():
+                self._old_log_probs(shard, np.arange(len(shard)))
+        postprocess = self.hooks.rollout_data_postprocess
+        if postprocess is not None:
+            postprocess(self.args, rollout_id, shard.as_dict(tensors=True))
+        self._skip = self._zero_rows(shard)
+        if self.config.algorithm.compute_advantages_and_returns and not self._needs_all_log_probs():
+            late = np.concatenate([rows for rows in steps[1:]]) if len(steps) > 1 else np.empty(0, np.int64)
+            self._old_log_probs(shard, late[~self._skip[late]])
+        template = self.config.debug.save_debug_train_data
+        if template is not None:
+            self._dump(template, rollout_id, shard)
+
+    def _advantages(self, shard: TrainBatch) -> None:
+        if not isinstance(shard.rewards, np.ndarray):
+            raise UsageError(
+                f"--advantage-estimator {self.settings.advantage_estimator}: expected one number per sample as reward, "
+                f"got {'none' if shard.rewards is None else 'something else'}. Let the reward post-processing return "
+                "numbers, or give --disable-compute-advantages-and-returns."
+            )
+        result = compute_advantages(
+            self.settings.advantage_estimator,
+            AdvantageInputs(torch.from_numpy(shard.rewards), shard.response_lengths.tolist()),
+        )
+        shard.response_columns["advantages"] = result.advantages
+        shard.response_columns["returns"] = result.returns
+
+    def _needs_all_log_probs(self) -> bool:
+        """Whether a plug-in, a dump or dropout could tell a saved forward pass from one that was made."""
+        hooks = self.hooks
+        return (
+            self.settings.loss_type == "custom_loss"
+            or hooks.rollout_data_postprocess is not None
+            or hooks.custom_megatron_before_log_prob_hook is not None
+            or hooks.custom_tis_function is not None
+            or self.config.debug.save_debug_train_data is not None
+            or self.backend.has_dropout
+        )
+
+    def _zero_rows(self, shard: TrainBatch) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """bool [N]: rows that need not run."""
+        mask = torch.from_numpy(shard.loss_masks)
+        ids = ids_of(shard.response_lengths.tolist(), mask.device)
+        zero = zero_gradient_rows(
+            shard.response_columns.get("advantages"), mask, ids, len(shard), self.settings, self.plugins
+        )
+        return zero.numpy()
+
+    # ---- passes --------------------------------------------------------------------------------------------------
+
+    def _old_log_probs(self, shard: TrainBatch, rows: IntArray) -> None:
+        """Fill the column `log_probs` for `rows`; other rows stay NaN until their own forward pass."""
+        before = self.hooks.custom_megatron_before_log_prob_hook
+        if before is not None:
+            before(self.args, self.backend.model_chunks, "")
+        column = shard.response_columns.setdefault("log_probs", torch.full((len(shard.loss_masks),), math.nan))
+        if len(rows) == 0 or self.settings.use_rollout_logprobs:
+            return
+        micros = self._micro_batches(shard, rows)
+        for micro, values in zip(micros, self.backend.forward_only(micros, self._read_log_probs)):
+            column[micro.response_places] = values
+
+    def _read_log_probs(self, micro: PackedBatch, output: ModelOutput) -> Tensor:
+        return self._current(micro, output, with_entropy=False).log_probs.cpu()
+
+    def _current(self, micro: PackedBatch, output: ModelOutput, *, with_entropy: bool) -> TokenLogProbs:
+        """Log-probs at the response tokens, under the distribution that the rollout sampled from."""
+        chunk = self.config.train.log_probs_chunk_size
+        return linear_log_probs(
+            output.hidden.index_select(0, micro.predicting),
+            output.head_weight,
+            micro.targets,
+            temperature=self.temperature,
+            with_entropy=with_entropy,
+            chunk_tokens=chunk if chunk > 0 else None,
+        )
+
+    def _micro_batches(self, shard: TrainBatch, rows: IntArray) -> list[PackedBatch]:
+        data = self.config.data
+        if data.use_dynamic_batch_size:
+            assert data.max_tokens_per_gpu is not None
+            budget = data.max_tokens_per_gpu * self.backend.parallel.cp_size
+            parts = by_tokens(rows, shard.total_lengths, budget, name_of=shard.name_of)
+        else:
+            parts = by_count(rows, shard.total_lengths, data.micro_batch_size)
+        return [pack(shard, part, device=self.backend.device) for part in parts]
+
+    # ---- an optimizer step ---------------------------------------------------------------------------------------
+
+    def _step(
+        self, rollout_id: int, step_id: int, shard: TrainBatch, rows: IntArray, global_batch_size: int, num_steps: int
+    ) -> dict[str, float]:
+        run = rows[~self._skip[rows]]
+        counts = torch.tensor([float(shard.mask_sums[rows].sum()), float(len(run)), float(shard.mask_sums[run].sum())])
+        num_tokens, ran, ran_tokens = (int(n) for n in self.backend.sum_over_ranks(counts).tolist())
+        scale = loss_scale(
+            self.settings, global_batch_size, num_tokens, dp_size=self.backend.parallel.dp_cp_size
+        )
+
+        def loss_fn(micro: PackedBatch, output: ModelOutput) -> MicroLoss:
+            return self._loss(shard, micro, output, scale)
+
+        self.backend.zero_grad()
+        before = self.hooks.custom_megatron_before_train_step_hook
+        if before is not None:
+            before(
+                self.args, rollout_id, step_id, self.backend.model_chunks, self.backend.optimizer, self.backend.scheduler
+            )
+        results = self.backend.forward_backward(self._micro_batches(shard, run), loss_fn)
+        outcome = self.backend.optimizer_step()
+        self.steps_done += 1
+        self._on_step()
+        total = step_count(self.settings, global_batch_size, num_tokens)
+        over_ran = step_count(self.settings, ran, ran_tokens)
+        metrics = {
+            f"train/{name}": value / (over_ran if name in OVER_SAMPLES_THAT_RAN else total)
+            for name, value in self._summed(results).items()
+        }
+        metrics["train/grad_norm"] = outcome.grad_norm
+        metrics["train/lr-pg_0"] = outcome.lr
+        metrics["train/exactly_zero_samples"] = len(rows) - len(run)
+        metrics["train/skipped_step"] = float(outcome.skipped)
+        metrics["train/step"] = rollout_id * num_steps + step_id
+        self.tracker.log(metrics, step_key="train/step")
+        return metrics
+
+    def _summed(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Metrics over all micro batches and ranks. All micro batches must report the same ones."""
+        if not results:
+            return {}
+        names = list(results[0])
+        for other in results[1:]:
+            if list(other) != names:
+                raise UsageError(
+                    f"--custom-loss-function-path: expected the same metrics from every micro batch, got {names} and "
+                    f"{list(other)}."
+                )
+        table = torch.stack([torch.stack([r[name].float() for name in names]) for r in results])
+        return dict(zip(names, self.backend.sum_over_ranks(table.sum(0)).tolist()))
+
+    def _loss(self, shard: TrainBatch, micro: PackedBatch, output: ModelOutput, scale: float) -> MicroLoss:
+        columns = {name: micro.column(flat) for name, flat in shard.response_columns.items()}
+        fn = self._custom_loss if self.settings.loss_type == "custom_loss" else self._built_in_loss
+        if not self.config.train.recompute_loss_function:
+            return fn(shard, micro, output, columns, scale)
+        kept: list[MicroLoss] = []
+
+        def run(hidden: Tensor, head_weight: Tensor) -> Tensor:
+            kept.append(fn(shard, micro, ModelOutput(hidden, head_weight), columns, scale))
+            return kept[-1].loss
+
+        loss = recomputed(run, output.hidden, output.head_weight, use_reentrant=False)
+        return MicroLoss(loss, kept[0].metrics)
+
+    def _built_in_loss(
+        self, shard: TrainBatch, micro: PackedBatch, output: ModelOutput, columns: dict[str, Tensor], scale: float
+    ) -> MicroLoss:
+        current = self._current(micro, output, with_entropy=self.settings.loss_type == "policy_loss")
+        old = columns.get("log_probs")
+        if old is not None:
+            # NaN: a row of the first step, whose old policy is the current one.
+            own = current.log_probs.detach()
+            columns["log_probs"] = torch.where(old.isnan(), own, old)
+            shard.response_columns["log_probs"][micro.response_places.cpu()] = columns["log_probs"].cpu()
+        result = compute_loss(LossInputs.of(micro, current, columns), self.settings, self.plugins, scale)
+        return MicroLoss(result.loss, result.metrics)
+
+    def _custom_loss(
+        self, shard: TrainBatch, micro: PackedBatch, output: ModelOutput, columns: dict[str, Tensor], scale: float
+    ) -> MicroLoss:
+        hook = self.hooks.custom_loss_function
+        assert hook is not None
+        result = custom_loss(
+            hook,
+            self.args,
+            self.backend.parallel,
+            micro,
+            loss_batch(micro, columns),
+            output.logits(),
+            per_token=self.settings.calculate_per_token_loss,
+            scale=scale,
+        )
+        return MicroLoss(result.loss, result.metrics)
+
+    # ---- after it ------------------------------------------------------------------------------------------------
+
+    def update_weights(self) -> int:
+        """Hand the weights to the engines under the next version number, which is returned."""
+        self.weight_version += 1
+        if self.transport is not None:
+            self.transport.update(self.backend.weights(), self.weight_version)
+        return self.weight_version
+
+    def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
+        """Continue from a checkpoint: weights, optimizer, schedule, counters."""
+        self.backend.load(folder, with_optimizer=True)
+        self.weight_version, self.steps_done = weight_version, steps_done
+
+    def offload(self) -> None:
+        """Free the device for the engines: nothing to do where both share the same tensors."""
+
+    def onload(self) -> None:
+        """The counterpart of `offload`."""
+
+    def _log_rollout(self, rollout_id: int, shard: TrainBatch, *, prepare_s: float, steps_s: float) -> None:
+        tokens = int(shard.total_lengths.sum())
+        metrics = {f"rollout/{name}": value for name, value in mean_columns(shard).items()}
+        metrics |= {
+            "perf/log_probs_time": prepare_s,
+            "perf/actor_train_time": steps_s,
+            "perf/train_time": prepare_s + steps_s,
+            "perf/actor_train_tok_per_s": tokens / steps_s if steps_s > 0 else 0.0,
+            "rollout/step": compute_rollout_step(self.args, rollout_id),
+        }
+        self.tracker.log(metrics, step_key="rollout/step")
+
+    def _dump(self, template: str, rollout_id: int, shard: TrainBatch) -> None:
+        rank = self.backend.parallel.dp_rank
+        data = {"rollout_id": rollout_id, "rank": rank, "rollout_data": dict(shard.as_dict(tensors=True))}
+        debug_data.write_torch(
+            Path(template.format(rollout_id=rollout_id, rank=rank)), data, flag="--save-debug-train-data"
+        )

@@ -1,0 +1,118 @@
+"""What a trainer backend promises, and what the actor builds on it.
+
+A backend owns the model, the optimizer and *the loop over micro batches* (pipeline stages interleave them, so nobody
+else can own it). It knows nothing of rewards, advantages or which loss is trained: that is `miles.trainer.actor`, once
+for all backends. A line that appears in two backends belongs there.
+
+    actor                                     backend
+      plan micro batches
+      log_probs ────────────────────────────► forward_only(micro_batches, read)
+      advantages, hooks
+      per optimizer step ───────────────────► zero_grad
+                                              forward_backward(micro_batches, loss_fn)
+                                              optimizer_step -> StepResult
+
+A backend with pipeline stages calls `read` and `loss_fn` on the last stage only and returns the results there; the
+actor reads results through the backend's `parallel.is_pp_last_stage`. A backend with tensor parallelism gives
+`ModelOutput` a vocabulary shard and the group it is sharded over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from miles.batch.pack import PackedBatch
+from miles.loss.parallel_state import ParallelState
+from miles.trainer.schedule import Schedule
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """The last hidden states of one micro batch and the projection to the vocabulary, not yet multiplied.
+
+    Built-in losses project only the positions that predict a response token, in chunks; custom losses ask for
+    `logits()` and pay for all of them. `hidden` [T, D] in the model's dtype; `head_weight` [V, D].
+    """
+
+    hidden: Tensor
+    head_weight: Tensor
+
+    def logits(self) -> Tensor:
+        """fp32 [1, T, V], not divided by the temperature: the published view of custom losses."""
+        return (self.hidden @ self.head_weight.T).float().unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class MicroLoss:
+    """One micro batch's loss, scaled so that the sum over micro batches is the step's loss, and what to report.
+
+    `metrics` are sums over the micro batch's samples (or tokens); the actor divides them once per step.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`grad_norm` is the global norm before clipping; `skipped` says that it was not finite and nothing changed."""
+
+    grad_norm: float
+    lr: float
+    skipped: bool = False
+
+
+LossFn = Callable[[PackedBatch, ModelOutput], MicroLoss]
+
+
+class Backend(Protocol):
+    """One process's share of a model in training."""
+
+    parallel: ParallelState
+    device: torch.device
+    # What hooks receive: a list of model chunks (one per virtual pipeline stage), the optimizer, the scheduler.
+    model_chunks: Sequence[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+    # Whether a forward pass in training mode differs from one in evaluation mode.
+    has_dropout: bool
+
+    def use_schedule(self, schedule: Schedule) -> None:
+        """Once, when the length of the run is known."""
+
+    def forward_only(self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]) -> list[T]:
+        """`read` of every micro batch in evaluation mode, without gradients."""
+
+    def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[dict[str, Tensor]]:
+        """Accumulate the gradients of all micro batches; their metrics in the same order."""
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Summed over data- and context-parallel ranks, for metrics and token counts."""
+
+    def zero_grad(self) -> None: ...
+
+    def optimizer_step(self) -> StepResult:
+        """Clip, step, advance the schedule. A gradient that is not finite changes nothing and is reported."""
+
+    def reset_optimizer(self) -> None:
+        """Forget the moments and step counts (`--reset-optimizer-states`)."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """All weights under their Hugging Face names. One process returns the live tensors, without a copy."""
+
+    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+        """Model, optimizer and schedule under `folder`, which exists and is empty."""
+
+    def load(self, folder: Path, *, with_optimizer: bool) -> None:
+        """The inverse of `save`; CheckpointError where it does not fit this model."""
+
+    def export_hf(self, folder: Path) -> None:
+        """A Hugging Face model folder that `transformers` loads without miles."""

@@ -1,0 +1,82 @@
+"""A Hugging Face folder to a model that trains on packed rows. Errors here are about the folder, so they name it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from miles.errors import CheckpointError
+from miles.trainer.fsdp import attention
+
+
+def load_model(folder: str, *, dtype: torch.dtype, gradient_checkpointing: bool) -> PreTrainedModel:
+    """The causal language model in `folder`, in training mode, weights in `dtype`."""
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"--hf-checkpoint {folder}: expected a Hugging Face model folder with a config.json, found "
+            + ("none in that folder." if path.is_dir() else "no such folder.")
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=attention.NAME
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"--hf-checkpoint {folder}: transformers cannot load it as a causal language model: "
+            f"{type(error).__name__}: {reason[0] if reason else ''}"
+        ) from error
+    head = model.get_output_embeddings()
+    if head is None or head.bias is not None:
+        raise CheckpointError(
+            f"--hf-checkpoint {folder}: {type(model).__name__} has no plain output projection. Expected a causal "
+            "language model such as Llama, Qwen2 or Qwen3."
+        )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def owned_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Every stored tensor once, under its first name: parameters (tied ones are not repeated), persistent buffers."""
+    stored = model.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    owned: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            owned[name] = tensor.detach()
+    return owned
+
+
+def load_owned(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Copy `tensors` into `model`; CheckpointError that lists what does not fit."""
+    expected = owned_tensors(model)
+    problems = [f"{n}: not in the checkpoint" for n in expected if n not in tensors]
+    problems += [f"{n}: not in the model" for n in tensors if n not in expected]
+    problems += [
+        f"{n}: {list(tensors[n].shape)} in the checkpoint, {list(t.shape)} in the model"
+        for n, t in expected.items()
+        if n in tensors and tensors[n].shape != t.shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise CheckpointError(
+            f"--load {where}: the checkpoint is of another architecture than --hf-checkpoint:\n  {shown}\n"
+            "Give the model folder that the run was started from, or leave out --load."
+        )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """What a checkpoint notes about its model."""
+    return {"architecture": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}

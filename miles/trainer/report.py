@@ -1,0 +1,61 @@
+"""The trainer's view of a rollout in numbers: the mean of every column of a train batch, under published names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles.batch import TrainBatch
+
+
+def mean_columns(batch: TrainBatch) -> dict[str, float]:
+    """Column name -> mean over samples; of token columns the mean over each sample's trained tokens first.
+
+    Failed rows and tokens that were never computed (NaN) take no part. Columns without numbers are left out.
+
+    Example: `{"response_lengths": 30.2, "total_lengths": 38.2, "rewards": 0.0, "raw_reward": 0.27, "log_probs": -0.3}`
+    """
+    valid = ~batch.failed
+    columns: dict[str, Any] = {
+        "response_lengths": batch.response_lengths,
+        "total_lengths": batch.total_lengths,
+        "rewards": batch.rewards,
+        "raw_reward": batch.raw_reward,
+        "truncated": batch.truncated,
+        "round_number": batch.round_number,
+    }
+    means = {}
+    for name, column in columns.items():
+        numbers = _numbers(column, valid)
+        if numbers is not None and len(numbers):
+            means[name] = float(numbers.mean())
+    for name, flat in batch.response_columns.items():
+        value = _token_mean(flat.float(), batch)
+        if value is not None:
+            means[name] = value
+    return means
+
+
+def _numbers(column: Any, valid: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, Any] | None:
+    """The valid rows of a column of numbers; None for anything else (dict rewards, tensors)."""
+    if column is None:
+        return None
+    kept = [value for value, ok in zip(column, valid) if ok]
+    if not all(isinstance(value, int | float | np.number) for value in kept):
+        return None
+    return np.asarray(kept, dtype=np.float64)
+
+
+def _token_mean(flat: Tensor, batch: TrainBatch) -> float | None:
+    """Mean over samples of the mean over the sample's trained tokens."""
+    mask = torch.from_numpy(batch.loss_masks) != 0
+    known = mask & ~flat.isnan()
+    lengths = torch.from_numpy(batch.response_lengths)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    counts = torch.zeros(len(lengths)).index_add(0, ids, known.float())
+    sums = torch.zeros(len(lengths)).index_add(0, ids, torch.where(known, flat, 0.0))
+    counted = counts > 0
+    return float((sums[counted] / counts[counted]).mean()) if counted.any() else None

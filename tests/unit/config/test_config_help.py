@@ -1,0 +1,69 @@
+"""--help and --help-all, and what config may import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from miles.config import parse
+from miles.config.help import render
+from miles.config.sections import FLAGS, SECTIONS
+
+
+@pytest.mark.parametrize("option", ["--help", "-h", "--help-all"])
+def test_help_is_printed_whatever_else_is_given(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--nonsense", option])
+    assert caught.value.code == 0
+    assert "--rollout-batch-size N" in capsys.readouterr().out
+
+
+def test_short_help_has_the_required_flags_and_says_where_the_rest_is() -> None:
+    text = render(everything=False, width=100)
+    assert "--hf-checkpoint" in text and "[required]" in text and "--help-all" in text
+    assert "--megatron-to-hf-mode" not in text
+    assert len(text.splitlines()) < 120
+
+
+def test_long_help_has_every_flag_under_its_section() -> None:
+    text = render(everything=True, width=200)
+    for name in SECTIONS:
+        assert f"{name.replace('_', ' ')}:\n" in text
+    for flag in FLAGS.values():
+        assert f"    {flag.option}" in text
+
+
+def test_help_says_what_is_not_built() -> None:
+    text = render(everything=True, width=200)
+    lines = text.splitlines()
+    (estimator,) = [line for line in lines if "--advantage-estimator" in line]
+    assert "{grpo}" in estimator
+    assert "not built yet: gspo, reinforce_plus_plus, reinforce_plus_plus_baseline, ppo" in " ".join(text.split())
+    (colocate,) = [line for line in lines if line.strip().startswith("--colocate")]
+    assert "[no meaning here]" in colocate
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_lines_fit_the_terminal(width: int) -> None:
+    assert all(len(line) <= width for line in render(everything=True, width=width).splitlines())
+
+
+HEAVY = ("torch", "numpy", "transformers", "ray", "sglang", "megatron", "pyarrow", "fastapi", "yaml")
+
+
+def test_help_imports_nothing_heavy_and_is_quick() -> None:
+    script = (
+        "import sys\nfrom miles.config import parse\n"
+        "try:\n    parse(['--help'])\nexcept SystemExit:\n    pass\n"
+        f"print('loaded', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.stdout.splitlines()[-1] == "loaded []"
+    assert min(seconds) < 0.5

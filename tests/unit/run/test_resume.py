@@ -1,0 +1,88 @@
+"""Checkpoint folders: complete or absent, whatever happens in between."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from miles.errors import CheckpointError
+from miles.run import resume
+
+
+def meta(rollout_id: int) -> resume.Meta:
+    return resume.new_meta(rollout_id, steps=2 * (rollout_id + 1), weight_version=rollout_id + 2, world_size=1, seed=7)
+
+
+def save(root: Path, rollout_id: int, text: str = "weights") -> Path:
+    return resume.write(root, meta(rollout_id), lambda f: _write(f / "model.txt", text), lambda: None)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def test_latest_is_found_and_older_stays(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    found = resume.find(str(tmp_path))
+    assert found is not None
+    assert (found.folder.name, found.meta.next_rollout_id, found.meta.weight_version) == ("iter_0000010", 10, 11)
+    assert (tmp_path / "iter_0000005" / "model.txt").exists()
+
+
+@pytest.mark.parametrize("fails_in", ["model", "rollout"])
+def test_a_save_that_fails_leaves_the_previous_one(tmp_path: Path, fails_in: str) -> None:
+    save(tmp_path, 4)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        resume.write(
+            tmp_path,
+            meta(9),
+            fail if fails_in == "model" else lambda f: _write(f / "model.txt", "half"),
+            fail if fails_in == "rollout" else lambda: None,
+        )
+    found = resume.find(str(tmp_path))
+    assert found is not None and found.meta.rollout_id == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", resume.TRACKER]
+
+
+def test_saving_the_same_iteration_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 4, "old")
+    folder = save(tmp_path, 4, "new")
+    assert (folder / "model.txt").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", resume.TRACKER]
+
+
+def test_nothing_there_yet_is_no_error(tmp_path: Path) -> None:
+    assert resume.find(None) is None
+    assert resume.find(str(tmp_path / "absent")) is None
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda root: (root / resume.TRACKER).write_text("latest\n"), "expected the number of a checkpoint"),
+        (lambda root: (root / resume.TRACKER).write_text("77\n"), "iter_0000077/meta.json does not exist"),
+        (lambda root: (root / "iter_0000005" / "meta.json").write_text("{"), "meta.json is damaged"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, break_it: object, says: str) -> None:
+    save(tmp_path, 4)
+    break_it(tmp_path)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=says):
+        resume.find(str(tmp_path))
+
+
+def test_random_generators_come_back(tmp_path: Path) -> None:
+    resume.seed_everything(3)
+    random.gauss(0, 1), np.random.normal(), torch.randn(3)  # noqa: B018  leaves half-used generators
+    folder = save(tmp_path, 0)
+    expected = (random.random(), random.gauss(0, 1), np.random.normal(), torch.randn(2).tolist())
+    resume.seed_everything(99)
+    resume.restore_rng(folder)
+    assert (random.random(), random.gauss(0, 1), np.random.normal(), torch.randn(2).tolist()) == expected
