@@ -71,11 +71,7 @@ def by_tokens(
     balanced = [ordered[part] for part in parts]
     if all(int(lengths[part].sum()) <= max_tokens for part in balanced):
         return balanced
-    while len(bins) < number:  # halve the bin with the most rows until there are enough
-        bins.sort(key=len)
-        largest = bins.pop()
-        bins += [largest[::2], largest[1::2]]
-    return [np.array(part, dtype=np.int64) for part in bins]
+    return [np.array(part, dtype=np.int64) for part in halved(bins, number)]
 
 
 def num_by_tokens(rows: IntArray, lengths: IntArray, max_tokens: int) -> int:
@@ -96,6 +92,16 @@ def first_fit_decreasing(ordered: IntArray, lengths: IntArray, max_tokens: int) 
             room[k] = max_tokens
         bins[k].append(row)
         room[k] -= length
+    return bins
+
+
+def halved(bins: list[list[int]], number: int) -> list[list[int]]:
+    """As many bins as asked for, by halving those with the most rows; none becomes fuller than it was."""
+    bins = list(bins)
+    while len(bins) < number:
+        bins.sort(key=len)
+        largest = bins.pop()
+        bins += [largest[::2], largest[1::2]]
     return bins
 
 

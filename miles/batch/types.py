@@ -68,7 +68,8 @@ class TrainBatch:
     metadata: list[Any] | None = None
     multimodal_train_inputs: list[dict[str, Any] | None] | None = None
     teacher_log_probs: list[Any] | None = None
-    # What the trainer adds, each a tensor [R]: log_probs, ref_log_probs, values, advantages, returns, entropy.
+    # What the trainer adds, each a tensor [R]: log_probs, ref_log_probs, values, advantages, returns, entropy. Never
+    # rollout_log_probs, which has its own field: `flat_columns` gives both.
     response_columns: dict[str, torch.Tensor] = field(default_factory=dict)
     # Columns of custom conversions that miles does not know: one value per row.
     extras: dict[str, list[Any]] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class TrainBatch:
         assert len(self.token_offsets) == n + 1 and len(self.failed) == n
         assert len(self.tokens) == self.token_offsets[-1]
         assert len(self.loss_masks) == self.response_lengths.sum()
+        assert "rollout_log_probs" not in self.response_columns
 
     def __len__(self) -> int:
         return len(self.response_lengths)
@@ -100,6 +102,12 @@ class TrainBatch:
         sums = offsets_of(self.loss_masks)
         offsets = self.response_offsets
         return sums[offsets[1:]] - sums[offsets[:-1]]
+
+    def flat_columns(self) -> dict[str, torch.Tensor]:
+        """Everything over response tokens that losses read, [R] each: `response_columns` and `rollout_log_probs`."""
+        if self.rollout_log_probs is None:
+            return dict(self.response_columns)
+        return {"rollout_log_probs": torch.from_numpy(self.rollout_log_probs), **self.response_columns}
 
     def select(self, rows: Sequence[int] | IntArray) -> TrainBatch:
         """The given rows in the given order, as a batch of its own. `shared` values are carried over whole."""

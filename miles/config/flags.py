@@ -18,6 +18,7 @@ on several flags is left to `miles.config.resolve`, the command line to `miles.c
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -165,7 +166,10 @@ class Flag:
         if self.kind == "int":
             return int(text)
         if self.kind == "float":
-            return float(text)
+            number = float(text)
+            if math.isnan(number):
+                raise ValueError(text)
+            return number
         if self.kind == "json":
             return json.loads(text)
         if self.kind == "pairs":

@@ -55,6 +55,7 @@ def parse(argv: Sequence[str], add_custom_arguments: AddArguments | None = None)
         print(help_text.render(everything="--help-all" in argv))
         raise SystemExit(0)
     _refuse_old_environment()
+    _refuse_double_dash(argv)
     parser = build_parser(add_custom_arguments)
     draft = Draft()
     _read_all(draft, parser, argv)
@@ -163,15 +164,22 @@ def _apply_custom_config(draft: Draft) -> None:
     if path is None:
         return
     for entry in read_entries(path, "--custom-config-path", takes_mapping=lambda key: True):
-        if entry.key not in FLAGS or entry.value is None:
+        if entry.key not in FLAGS:
             draft.give(entry.key, entry.value, "custom config")
-        else:
+        elif entry.value is not None:
             draft.give(entry.key, read_value(FLAGS[entry.key], entry), "custom config")
 
 
 def _refuse_old_environment() -> None:
     if "MILES_BACKEND" in os.environ:
         raise FlagError("MILES_BACKEND", given="no longer read.", remedy="Unset it and use --train-backend.")
+
+
+def _refuse_double_dash(argv: Sequence[str]) -> None:
+    """argparse drops `--` wherever it stands, and with it the value of `--lr=--`."""
+    for text in argv:
+        if text == "--" or text.endswith("=--"):
+            raise FlagError("command line", given=f"{text!r} has no meaning here.")
 
 
 # ---- building ------------------------------------------------------------------------------------------------------

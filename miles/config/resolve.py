@@ -1,7 +1,8 @@
 """From what the user wrote to what the run is: everything that depends on more than one flag, or on this machine.
 
     1. missing flags         all at once
-    2. statuses              explicit flags that are not built (refused) or have no meaning here (a notice)
+    2. statuses              explicit flags that are not built (refused) or have no meaning here (a notice);
+                             then each value for itself, with the check that stands beside its field
     3. SUBSTITUTES           published defaults that this machine cannot honour
     4. EFFECTS               values that follow from others, in the published order
     5. EXCLUSIVE, NEEDS      flags that cannot stand together, or not alone
@@ -29,6 +30,8 @@ def resolve(draft: Draft) -> None:
     """Work out all values of `draft`. Raises FlagError for what cannot be run."""
     refuse_missing(draft)
     apply_statuses(draft)
+    for name, flag in FLAGS.items():
+        flag.verify(draft[name])  # before the formulas below use it
     for rule in (*SUBSTITUTES, *EFFECTS):
         rule(draft)
     refuse_exclusive(draft)

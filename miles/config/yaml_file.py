@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,25 +50,24 @@ def normal_key(key: str) -> str:
 
 def read_entries(path: str, option: str, takes_mapping: Callable[[str], bool]) -> list[Entry]:
     """All entries of the file, headings dissolved. `takes_mapping(key)`: the value of this key is a mapping."""
-    loader, root = _compose(path, option)
-    if root is None:
-        return []
     entries: list[Entry] = []
-    for entry, node in _items(loader, root, path):
-        if isinstance(entry.value, dict) and not takes_mapping(entry.key):
-            entries.extend(inner for inner, _ in _items(loader, node, path))
-        else:
-            entries.append(entry)
+    with _parsing(path):
+        loader, root = _compose(path, option)
+        for entry, node in _items(loader, root, path) if root is not None else ():
+            if isinstance(entry.value, dict) and not takes_mapping(entry.key):
+                entries.extend(inner for inner, _ in _items(loader, node, path))
+            else:
+                entries.append(entry)
     _refuse_duplicates(entries)
     return entries
 
 
 def load_mapping(path: str, option: str) -> dict[str, Any]:
     """The file as plain values; {} for an empty one."""
-    loader, root = _compose(path, option)
-    if root is None:
-        return {}
-    return {str(k): v for k, v in loader.construct_mapping(root, deep=True).items()}
+    with _parsing(path):
+        loader, root = _compose(path, option)
+        content = loader.construct_mapping(root, deep=True) if root is not None else {}
+    return {str(k): v for k, v in content.items()}
 
 
 def read_value(flag: Flag, entry: Entry) -> Any:
@@ -95,6 +95,20 @@ def _read(flag: Flag, entry: Entry) -> Any:
     return values if flag.many else values[0]
 
 
+@contextmanager
+def _parsing(path: str) -> Iterator[None]:
+    """What is wrong with a file's YAML becomes a DataError with its line."""
+    import yaml
+
+    try:
+        yield
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise DataError(path, f"not valid YAML: {error.problem}.", line=line) from None
+    except (ValueError, TypeError) as error:  # dates and numbers that do not exist, keys that are mappings
+        raise DataError(path, f"not valid YAML: {error}.") from None
+
+
 def _compose(path: str, option: str) -> tuple[yaml.SafeLoader, yaml.MappingNode | None]:
     import yaml
 
@@ -103,14 +117,11 @@ def _compose(path: str, option: str) -> tuple[yaml.SafeLoader, yaml.MappingNode 
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise FlagError(option, given=path, expected="a readable YAML file", remedy=f"({error})") from None
-    loader = yaml.SafeLoader(text)
     try:
-        root = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else None
-        raise DataError(path, f"not valid YAML: {error.problem}.", line=line) from None
-    except yaml.YAMLError as error:
-        raise DataError(path, f"not valid YAML: {error}.") from None
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:  # characters that no YAML file may have
+        raise DataError(path, f"not valid YAML: {str(error).splitlines()[0]}.") from None
+    root = loader.get_single_node()
     if root is None:
         return loader, None
     if not isinstance(root, yaml.MappingNode):

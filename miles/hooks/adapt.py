@@ -167,11 +167,9 @@ def _same(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
 
 
 def _remedy(point: PlugPoint, callee: Callee) -> str:
-    if not callable(callee.obj):
-        return "name a function" if point.forms[0].target == "function" else f"name a {point.forms[0].target}"
-    if callee.is_class and all(f.target != "class" for f in point.forms):
-        return "name a function, or an object made from the class"
-    form = point.forms[0]
+    if not any(_has_target(form, callee) for form in point.forms):
+        return "name a " + " or a ".join(dict.fromkeys(f.target for f in point.forms))
+    form = next(form for form in point.forms if _has_target(form, callee))
     if callee.signature is None:
         return f"its signature cannot be read; say which form it has: --hook-form {point.key}={form.name}"
     try:

@@ -86,9 +86,7 @@ class Hooks:
 
     def bind_path(self, name: str, path: str) -> Hook:
         """One more plug-in for plug point `name`, under the policies of this run. Raises HookReport."""
-        hook = self._binder.bind_one(CATALOG[name], path)
-        if hook is None:
-            raise HookReport(self._binder.take_problems())
+        hook = self._binder.require(CATALOG[name], path)
         self._all.append(hook)
         return hook
 
@@ -180,6 +178,13 @@ class Binder:
         problems, self.problems = self.problems, []
         return problems
 
+    def require(self, point: PlugPoint, path: str) -> Hook:
+        """`bind_one`, but problems are raised as a HookReport."""
+        hook = self.bind_one(point, path)
+        if hook is None:
+            raise HookReport(self.take_problems())
+        return hook
+
     def bind_one(self, point: PlugPoint, path: str) -> Hook | None:
         """None where there is a problem."""
         try:
@@ -190,7 +195,7 @@ class Binder:
         obj = self._instantiated(point, path, loaded)
         if obj is None:
             return None
-        callee = callee_of(obj, getattr(loaded, "__qualname__", type(loaded).__qualname__))
+        callee = callee_of(obj, getattr(loaded, "__qualname__", path.replace(":", ".").rpartition(".")[2]))
         try:
             form = recognise(point, callee, self.forms.get(point.name))
         except Mismatch as mismatch:

@@ -80,6 +80,15 @@ class Hook:
         self._call = adapted.call
         self.__name__ = point.name
 
+    @property
+    def in_thread(self) -> bool:
+        """Whether the calls leave the event loop: a synchronous function at an awaited plug point."""
+        return self.point.awaited and not is_async(self.state_holder or self.target)
+
+    def raw(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted call without the door, for `miles replay`: errors fly. Awaited plug points give a coroutine."""
+        return self._call(*args, **kwargs)
+
     def __repr__(self) -> str:
         return f"Hook({self.point.flag} {self.path}, form {self.form})"
 
@@ -220,6 +229,18 @@ class RewardHook(Hook):
         if problem is not None:
             raise problem
         return value
+
+    def raw(self, args: Namespace, sample: Sample) -> Any:
+        return self._checked(args, sample)
+
+    async def raw_batch(self, args: Namespace, samples: list[Sample]) -> list[Any]:
+        """`raw` for several samples. Raises the first BadReturn."""
+        try:
+            if self._adapted.batch is None:
+                return [await self._checked(args, sample) for sample in samples]
+            return await self._checked_batch(args, samples)
+        except BadEntries as error:
+            raise next(e for e in error.entries if isinstance(e, BadReturn)) from None
 
     async def call_batch_async(self, args: Namespace, samples: list[Sample]) -> list[Any]:
         """One reward or Failure per sample, in order. Functions that take one sample run concurrently."""

@@ -134,7 +134,7 @@ def _policy_text(failed: FailedCall) -> str:
     others = [f"{action} ({what})" for action, what in failed.point.tolerates if action != failed.policy.action]
     text = str(failed.policy)
     if failed.policy.action == "raise" and (others or failed.point.retries):
-        text += f"; --hook-policy {failed.point.key}=... also takes {allowed_policies(failed.point)}"
+        text += f"; --hook-policy {failed.point.key}=... takes {allowed_policies(failed.point)}"
     return text
 
 

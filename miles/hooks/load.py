@@ -73,7 +73,7 @@ def parse_path(path: str) -> Reference:
         if py and Path(stem + ".py").is_file():
             return Reference("", Path(stem + ".py"), attribute)
         left, _, attribute = path.rpartition(".")
-    if not left or not attribute:
+    if not left or not attribute or (attribute == "py" and not colon and os.sep in path):
         raise ValueError(f"{path!r} names no function: expected pkg.module.fn, pkg.module:fn or path/to/file.py:fn")
     if left.endswith(".py"):
         return Reference("", Path(left), attribute)

@@ -56,7 +56,9 @@ def expected_forms(point: PlugPoint) -> str:
 def form_text(point: PlugPoint, name: str) -> str:
     form = point.form(name)
     assert form is not None, name
-    word = {"class": "class", "value": "value", "function": "async def" if point.awaited else "def"}[form.target]
+    if form.target == "value":
+        return "a value of type " + form.signature.removeprefix("() -> ")
+    word = {"class": "class", "function": "async def" if point.awaited else "def"}[form.target]
     return f"{word} {form.signature}"
 
 

@@ -6,6 +6,7 @@ import math
 import numbers
 from argparse import Namespace
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Literal
 
 from miles.types import GenerateFnOutput, Sample
@@ -30,16 +31,13 @@ def reward_problem(value: Any, args: Namespace) -> BadReturn | None:
     Legal are finite numbers, bools, numpy scalars, 0-dim and 1-D tensors and arrays; with `--reward-key` a dict that
     has such a value under the key; without it a dict where a plug-in turns rewards into numbers later.
     """
-    if type(value) is float or type(value) is int:
-        return None if math.isfinite(value) else _not_finite(value)
     settings = vars(args)
-    keys = [k for k in (settings.get("reward_key"), settings.get("eval_reward_key")) if k]
+    key = settings.get("reward_key")
     if isinstance(value, dict):
-        return _dict_problem(value, keys, settings)
+        return _dict_problem(value, [k for k in (key, settings.get("eval_reward_key")) if k], settings)
     problem = _number_problem(value)
-    if problem is None and settings.get("reward_key"):
-        key = settings["reward_key"]
-        return BadReturn("type", f"returned {value!r}, expected a dict with {key!r}", f"--reward-key is {key!r}")
+    if problem is None and key:
+        return BadReturn("type", f"returned {_short(value)}, expected a dict with {key!r}", f"--reward-key is {key!r}")
     return problem
 
 
@@ -88,7 +86,7 @@ def _not_finite(value: Any) -> BadReturn:
 def _type_hint(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "one sample has one reward; a function that scores several names its second parameter samples"
-    if isinstance(value, str):
+    if isinstance(value, (str, Decimal)):
         return "convert it: float(...)"
     return ""
 

@@ -142,17 +142,13 @@ class RunRecord:
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """The resolved settings, without secrets, as `config.yaml` (fit for `--config`) and `config.json`.
+    def write_config(self, as_yaml: str, resolved: Mapping[str, Any]) -> None:
+        """`config.yaml`, which `--config` takes, and `config.json` with every value and where it came from.
 
         A resumed run with other settings keeps the former files as `config.yaml.1` and so on.
         """
-        import yaml
-
-        plain = to_jsonable(without_secrets(config))
-        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the C one where PyYAML was built with it
-        write_keeping_old(self.path / "config.yaml", yaml.dump(plain, Dumper=dumper, sort_keys=False))
-        write_keeping_old(self.path / "config.json", dumps(plain, indent=2) + "\n")
+        write_keeping_old(self.path / "config.yaml", as_yaml)
+        write_keeping_old(self.path / "config.json", dumps(to_jsonable(without_secrets(resolved)), indent=2) + "\n")
 
     def write_versions(self, plugins: Mapping[str, Any] | None = None) -> None:
         """`versions.json`; `plugins` holds what identifies the plug-ins' sources, see `versions.source_hashes`."""

@@ -155,15 +155,15 @@ class MultiTurnLossMaskGenerator:
     def gen_multi_turn_loss_mask_qwen3(self, messages: Messages, tools: Tools = None) -> Masked:
         """Each message rendered beside a fixed user message, which keeps the reasoning of earlier turns in place."""
         neighbour = {"role": "user", "content": "FOR CALCULATING LOSS MASK ONLY"}
-        neighbour_length = len(self._ids([neighbour]))
+        length_alone = len(self._ids([neighbour]))
+        length_behind = length_alone - self.system_message_length
 
         def pieces() -> Iterator[list[int]]:
             for i, message in enumerate(messages):
                 if i == 0:
-                    yield self._ids([message, neighbour], tools)[:-neighbour_length]
-                    continue
-                ids = self._ids([neighbour, message])[neighbour_length:]
-                yield ids[self.system_message_length :] if message["role"] != "system" else ids
+                    yield self._ids([message, neighbour], tools)[:-length_behind]
+                else:
+                    yield self._ids([neighbour, message])[length_alone:]
 
         return self._joined(messages, pieces())
 

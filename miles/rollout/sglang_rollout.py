@@ -19,7 +19,7 @@ from miles.rollout import state as _state
 from miles.rollout.generate_hub import single_turn
 from miles.rollout.loop_thread import run
 from miles.types import GenerateFnInput, Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
-from miles.utils.misc import SingletonMeta
+from miles.rollout.singleton import SingletonMeta
 
 EVAL_PROMPT_DATASET: _evaluate.DatasetCache = {}
 

@@ -63,18 +63,18 @@ class GenerateState:
         if self.args.sglang_enable_deterministic_inference:
             params["sampling_seed"] = self.args.rollout_seed + position
         elif self.context.seeds_each_sample and sample.index is not None:
-            params["sampling_seed"] = sample_seed(self.args.rollout_seed, sample)
+            params["sampling_seed"] = sample_seed(self.args, sample)
         return params
 
 
-def sample_seed(rollout_seed: int, sample: Sample) -> int:
-    """A seed in [0, 2^31) that depends on the run's seed, the sample and how much of it exists already.
+def sample_seed(args: Namespace, sample: Sample) -> int:
+    """A seed in [0, 2^31) that depends on the run's two seeds, the sample and how much of it exists already.
 
     Training samples are numbered over the whole job and evaluation samples per data set (they have no group), so two
     evaluations of one model draw the same responses, and a response that is resumed does not repeat its beginning.
     """
     kind = "eval" if sample.group_index is None else "train"
-    text = f"{rollout_seed}/{kind}/{sample.index}/{len(sample.tokens)}"
+    text = f"{args.seed}/{args.rollout_seed}/{kind}/{sample.index}/{len(sample.tokens)}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % SEED_RANGE
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles.config import RunConfig
-from miles.config.dump import resolved
+from miles.config.dump import as_yaml, resolved
 from miles.engine.client import EngineClient, LocalEngineClient
 from miles.engine.embedded.engine import EmbeddedEngine, end_of_sequence_ids
 from miles.engine.embedded.model import load_config
@@ -112,7 +112,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         configure_logger()
     checkpoint = resume.find(config.checkpoint.load)
     record = stack.enter_context(_open_record(config, resuming=checkpoint is not None))
-    record.write_config(resolved(config, args))
+    record.write_config(as_yaml(config), resolved(config, args))
     record.write_versions(hooks.sources())
     hooks.set_bundle_dir(record.path / "failures")
     tracker = stack.enter_context(Tracker.open(config.tracking, record, config=vars(args)))

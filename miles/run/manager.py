@@ -35,6 +35,7 @@ from miles.observe import debug_data
 from miles.observe import metrics as M
 from miles.observe.record import RunRecord
 from miles.observe.tracking import Tracker
+from miles.rollout.data_source import RolloutDataSource
 from miles.rollout.loop_thread import run
 from miles.run.conversion import convert
 from miles.types import (
@@ -94,6 +95,8 @@ class RolloutManager:
         self.config, self.args, self.hooks, self.client = config, args, hooks, client
         self.tracker, self.record, self._dp_size = tracker, record, dp_size
         self.data_source: Any = hooks.data_source(args)
+        if hooks.buffer_filter is not None:
+            self.data_source.buffer_filter = hooks.buffer_filter
         given = RolloutFnConstructorInput(args=args, data_source=self.data_source)
         self._rollout_fn = hooks.rollout_function.build(given)
         self._eval_fn = hooks.eval_function.build(given)
@@ -102,6 +105,7 @@ class RolloutManager:
 
     def generate(self, rollout_id: int) -> RolloutReport:
         """One rollout. Raises HookError where a plug-in failed, ErrorBudgetExceeded where too many calls did."""
+        self.tracker.rollout_id = rollout_id
         self.hooks.begin_rollout()
         begin = time.perf_counter()
         output = self._samples(rollout_id)
@@ -112,7 +116,7 @@ class RolloutManager:
         if self.config.debug.save_debug_rollout_data:
             debug_data.save(self.config.debug.save_debug_rollout_data, rollout_id, samples)
         scored = [s for s in samples if not is_failed(s)]
-        logged = self._log_rollout(rollout_id, scored, output.metrics, seconds, failed=len(samples) - len(scored))
+        logged = self._log_rollout(rollout_id, samples, output.metrics, seconds)
         self.record.write_rollout(rollout_id, samples)
         batch = convert(self.config, self.args, self.hooks, samples)
         return RolloutReport(
@@ -157,22 +161,22 @@ class RolloutManager:
         return output
 
     def _log_rollout(
-        self, rollout_id: int, samples: list[Sample], extra: dict[str, Any] | None, seconds: float, *, failed: int
+        self, rollout_id: int, samples: list[Sample], extra: dict[str, Any] | None, seconds: float
     ) -> dict[str, Any]:
         """The plug-in's logging or the default one; what the default one logged."""
         hook = self.hooks.custom_rollout_log_function
-        if hook is not None and hook(rollout_id, self.args, samples, extra, seconds):
+        scored = [s for s in samples if not is_failed(s)]
+        if hook is not None and hook(rollout_id, self.args, scored, extra, seconds):
             return {}
         if self.config.debug.load_debug_rollout_data:
             return {}
-        logged = dict(extra or {})
-        logged |= M.rollout_metrics(
+        logged = M.rollout_metrics(
             samples,
             reward_key=self.config.reward.reward_key,
             category_key=self.config.tracking.log_reward_category,
             with_zero_std=not self.config.algorithm.use_critic,
+            extra=extra,
         )
-        logged["rollout/failed_scores"] = failed
         logged |= M.perf_metrics(samples, seconds, self.args.rollout_num_gpus)
         logged |= self.hooks.stats()
         logged["rollout/step"] = M.compute_rollout_step(self.args, rollout_id)
@@ -202,8 +206,11 @@ class RolloutManager:
         if hook is None or not hook(rollout_id, self.args, output.data, output.metrics):
             step = M.compute_rollout_step(self.args, rollout_id)
             self.tracker.log({**logged, "eval/step": step}, step_key="eval/step")
+        for name, entry in output.data.items():
+            if entry.get("samples"):
+                self.record.write_rollout(rollout_id, entry["samples"], evaluation=name)
         first = next(iter(output.data.values()), {}).get("samples") or [None]
-        accuracy = {name: M.mean(d["rewards"]) for name, d in output.data.items()}
+        accuracy = {name: logged[f"eval/{name}"] for name in output.data if f"eval/{name}" in logged}
         return EvalReport(rollout_id, accuracy, logged, first[0])
 
     # ---- state ---------------------------------------------------------------------------------------------------
@@ -212,7 +219,12 @@ class RolloutManager:
         """Data position, buffer and plug-in state after `rollout_id`."""
         if self.config.data.rollout_global_dataset:
             self.data_source.save(rollout_id)
-        state = self.hooks.state_dict()
+        # The default data source writes all of its state itself; a plug-in with `state_dict` may not.
+        state = {
+            name: value
+            for name, value in self.hooks.state_dict().items()
+            if name != "data_source" or not isinstance(self.data_source, RolloutDataSource)
+        }
         if state:
             path = _plug_in_state(self.args.save, rollout_id)
             debug_data.write_torch(path, state, flag="--save")

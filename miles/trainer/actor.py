@@ -110,17 +110,16 @@ class TrainActor:
         return TrainReport(rollout_id, len(steps), metrics)
 
     def _prepare(self, rollout_id: int, shard: TrainBatch, steps: list[IntArray]) -> None:
-        """Fill the columns that losses read: advantages, returns, old log-probs, rollout log-probs."""
-        columns = shard.response_columns
-        if shard.rollout_log_probs is not None:
-            columns["rollout_log_probs"] = torch.from_numpy(shard.rollout_log_probs)
+        """Fill the columns that losses read: advantages, returns, old log-probs."""
         if self.config.algorithm.compute_advantages_and_returns:
             self._advantages(shard)
             if self._needs_all_log_probs():
                 self._old_log_probs(shard, np.arange(len(shard)))
         postprocess = self.hooks.rollout_data_postprocess
         if postprocess is not None:
-            postprocess(self.args, rollout_id, shard.as_dict(tensors=True))
+            view = shard.as_dict(tensors=True)
+            postprocess(self.args, rollout_id, view)
+            view.write_back()
         self._skip = self._zero_rows(shard)
         if self.config.algorithm.compute_advantages_and_returns and not self._needs_all_log_probs():
             late = np.concatenate([rows for rows in steps[1:]]) if len(steps) > 1 else np.empty(0, np.int64)
@@ -172,7 +171,7 @@ class TrainActor:
         if before is not None:
             before(self.args, self.backend.model_chunks, "")
         column = shard.response_columns.setdefault("log_probs", torch.full((len(shard.loss_masks),), math.nan))
-        if len(rows) == 0 or self.settings.use_rollout_logprobs:
+        if len(rows) == 0 or (self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics):
             return
         micros = self._micro_batches(shard, rows)
         for micro, values in zip(micros, self.backend.forward_only(micros, self._read_log_probs)):
@@ -195,6 +194,8 @@ class TrainActor:
 
     def _micro_batches(self, shard: TrainBatch, rows: IntArray) -> list[PackedBatch]:
         data = self.config.data
+        if len(rows) == 0:
+            return []
         if data.use_dynamic_batch_size:
             assert data.max_tokens_per_gpu is not None
             budget = data.max_tokens_per_gpu * self.backend.parallel.cp_size
@@ -257,7 +258,7 @@ class TrainActor:
         return dict(zip(names, self.backend.sum_over_ranks(table.sum(0)).tolist()))
 
     def _loss(self, shard: TrainBatch, micro: PackedBatch, output: ModelOutput, scale: float) -> MicroLoss:
-        columns = {name: micro.column(flat) for name, flat in shard.response_columns.items()}
+        columns = {name: micro.column(flat) for name, flat in shard.flat_columns().items()}
         fn = self._custom_loss if self.settings.loss_type == "custom_loss" else self._built_in_loss
         if not self.config.train.recompute_loss_function:
             return fn(shard, micro, output, columns, scale)

@@ -21,6 +21,12 @@ COMMON = (
 )
 BUILT_BACKENDS = ("fsdp",)
 
+NOT_CALLED = {
+    "miles_router_middleware": "MilesRouter",
+    "custom_megatron_post_save_hook": "The hook after saving",
+}
+"""Plug points without a call site yet -> what is missing."""
+
 
 class HooksConfig(Section):
     """Dotted paths of the run's plug-ins, by attribute name of `args`; None where none is named.
@@ -34,8 +40,8 @@ class HooksConfig(Section):
 
 
 def _status(point: PlugPoint) -> Status:
-    if point.name == "miles_router_middleware":
-        return not_built("MilesRouter")
+    if point.name in NOT_CALLED:
+        return not_built(NOT_CALLED[point.name])
     if not set(point.backends) & set(BUILT_BACKENDS):
         return not_built(f"The {' or '.join(point.backends)} backend")
     return Status()

@@ -133,8 +133,16 @@ class OptimizerConfig(Section):
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] | None = flag(
         None, "Shape of the final decay of WSD; exponential when unset."
     )
-    use_checkpoint_lr_scheduler: bool = flag(False, "On resume, take the schedule's settings from the checkpoint.")
-    override_lr_scheduler: bool = flag(False, "On resume, take the schedule's settings from the flags.")
+    use_checkpoint_lr_scheduler: bool = flag(
+        False,
+        "On resume, take the schedule's settings from the checkpoint.",
+        status=not_built("A schedule whose settings come from the checkpoint"),
+    )
+    override_lr_scheduler: bool = flag(
+        False,
+        "On resume, take the schedule's settings from the flags.",
+        status=no_meaning_here("they always come from the flags; the checkpoint keeps the step."),
+    )
     warmup_ratio: float = flag(
         0.03,
         "Warm-up as a fraction of the run.",

@@ -23,6 +23,7 @@ is what asynchronous training needs around a weight update; requests then carry 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -135,8 +136,10 @@ class EmbeddedEngine:
             if reply.cancelled:
                 return
             try:
+                if self._closed:
+                    raise EngineError("the engine is closed.")
                 self._replies[self._scheduler.submit(request)] = reply
-            except BadRequestError as error:
+            except EngineError as error:
                 self._hand_over(loop, [(reply, error)])
 
         self._post_after_settling(loop, start)
@@ -144,7 +147,8 @@ class EmbeddedEngine:
             return await reply.future
         except asyncio.CancelledError:
             reply.cancelled = True
-            self._post([lambda: self._scheduler.abort(lambda r: r.request is request, "Cancelled by the caller")])
+            with contextlib.suppress(EngineError):  # a closed engine has nothing left to abort
+                self._post([lambda: self._scheduler.abort(lambda r: r.request is request, "Cancelled by the caller")])
             raise
 
     @property
@@ -236,7 +240,8 @@ class EmbeddedEngine:
             return
 
         def close() -> None:
-            self._closed = True
+            with self._inbox_filled:
+                self._closed = True
             self._fail_all(EngineError("the engine was closed."))
 
         self._call(close)
@@ -260,7 +265,10 @@ class EmbeddedEngine:
     def _flush_outbox(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._outboxes_lock:
             commands = self._outboxes.pop(loop, [])
-        if commands:
+        if self._closed:
+            for command in commands:
+                command()
+        elif commands:
             self._post(commands, impatient=loop is not self._home)
 
     def _post(self, commands: list[Callable[[], None]], *, impatient: bool = False) -> None:
@@ -311,6 +319,8 @@ class EmbeddedEngine:
                 failure = EngineError(f"the engine failed while generating: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 self._fail_all(failure)
+        for command in self._inbox:  # what came in while it closed; nothing can come after
+            command()
 
     def _may_step(self) -> bool:
         settled = self._settled or self._home is None or not self._home.is_running()

@@ -390,6 +390,7 @@ class Scheduler:
 
     # ---- between steps -------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def abort(self, matches: Callable[[Running], bool], message: str) -> None:
         """End requests with what they have so far."""
         chosen = [r for r in [*self.waiting, *self.running] if matches(r)]

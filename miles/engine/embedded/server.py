@@ -40,7 +40,7 @@ BACKLOG = 2048
 
 
 def create_app(engine: EmbeddedEngine, *, own_url: str | None = None) -> FastAPI:
-    """The app of one engine. `own_url` is what `/list_workers` and `/workers` answer; None takes it from the request."""
+    """The app of one engine. `own_url` is what `/list_workers` answers; None takes the address that was asked."""
     app = FastAPI(title="miles embedded engine", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(BadRequestError, _answer_error)
     app.add_exception_handler(UsageError, _answer_error)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from miles.errors import CheckpointError
 from miles.trainer.fsdp import attention
@@ -22,6 +23,7 @@ def load_model(folder: str, *, dtype: torch.dtype, gradient_checkpointing: bool)
             f"--hf-checkpoint {folder}: expected a Hugging Face model folder with a config.json, found "
             + ("none in that folder." if path.is_dir() else "no such folder.")
         )
+    disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(

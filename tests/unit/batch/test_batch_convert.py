@@ -272,6 +272,15 @@ def test_writes_that_do_not_fit_are_refused(key: str, value: Any, message: str) 
     assert dict(batch.as_dict()) == published() | {"total_lengths": [3, 2]}
 
 
+def test_flat_columns_follow_writes() -> None:
+    batch = from_published_dict(published() | {"values": [[1.0, 2.0], [3.0]]})
+    assert set(batch.flat_columns()) == {"values"}
+    batch.as_dict(tensors=True)["rollout_log_probs"] = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]
+    columns = batch.flat_columns()
+    assert columns["rollout_log_probs"].tolist() == [-1.0, -2.0, -3.0]
+    assert columns["values"].tolist() == [1.0, 2.0, 3.0]
+
+
 def test_deleting_columns() -> None:
     batch = from_published_dict(published() | {"metadata": [{}, {}], "values": [[0.0, 0.0], [0.0]]})
     view = batch.as_dict()

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles.batch import default_rewards, plugin_rewards
+from miles.batch.rewards import normalize
 from miles.errors import UsageError
 from miles.types import Failure, Sample
 
@@ -82,6 +83,16 @@ def test_a_failed_sample_changes_nobody_else(rewards: list[float], at: int, left
     _, alone = run(samples, n_samples_per_prompt=8)
     assert got[:at] + got[at + 1 :] == alone
     assert got[at] == 0.0 and raw[at] is None
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_normalize_ignores_the_number_of_a_failed_sample(scale: bool) -> None:
+    groups, failed_rows = np.array([0, 0, 0]), np.array([False, True, False])
+    results = [
+        normalize(np.array([1.0, leftover, 3.0]), groups, failed_rows, scale=scale, lone_is_raw=False).tolist()
+        for leftover in (0.0, 1e6)
+    ]
+    assert results[0] == results[1] and results[0][1] == 0.0 and results[0][0] < 0 < results[0][2]
 
 
 @pytest.mark.parametrize(

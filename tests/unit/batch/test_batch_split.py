@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import miles.utils.seqlen_balancing as published_path
@@ -24,6 +24,7 @@ from miles.batch import (
     step_rows,
     trim_rollout,
 )
+from miles.batch.micro import halved
 from miles.batch.ragged import offsets_of
 from miles.batch.seqlen_balancing import (
     get_reverse_idx,
@@ -104,6 +105,7 @@ def test_partitions_hold_every_index_once(lengths: list[int], k: int, equal_size
         assert max(sums) - min(sums) <= max(lengths)
 
 
+@example([0, 0, 0], 3)
 @given(lengths_lists, st.integers(1, 6))
 def test_balanced_partitions_are_ascending_and_not_empty(lengths: list[int], k: int) -> None:
     if len(lengths) < k:
@@ -213,8 +215,18 @@ def test_only_the_given_rows_are_cut() -> None:
     assert [m.tolist() for m in by_tokens(np.array([1, 3]), lengths, 4)] == [[3, 1]]
 
 
+def test_bins_are_halved_until_there_are_enough() -> None:
+    bins = [[1, 2, 3, 4], [5], [6, 7]]
+    assert halved(bins, 2) == bins
+    for number in (4, 5, 6, 7):
+        parts = halved(bins, number)
+        assert len(parts) == number and all(parts)
+        assert sorted(itertools.chain(*parts)) == [1, 2, 3, 4, 5, 6, 7]
+        assert all(any(set(part) <= set(bin_) for bin_ in bins) for part in parts)
+
+
 def test_a_row_over_the_budget_is_named() -> None:
-    with pytest.raises(UsageError, match="sample 24 has 9 tokens, .* --max-tokens-per-gpu is 8"):
+    with pytest.raises(UsageError, match=r"sample 24 has 9 tokens, .* --max-tokens-per-gpu is 8"):
         by_tokens(np.array([0, 1]), np.array([3, 9]), 8, name_of={1: "sample 24"}.__getitem__)
 
 

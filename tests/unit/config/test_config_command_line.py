@@ -61,6 +61,8 @@ REFUSALS = [
     ),
     (["--optimizer", "sgd"], "--optimizer: expected adam (which is AdamW), got 'sgd'."),
     (["--use-tis", "true"], "command line: 'true' belongs to no flag."),
+    (["--num-steps-per-rollout", "0"], "--num-steps-per-rollout: expected a value >= 1, got 0."),
+    (["--lr=--"], "command line: '--lr=--' has no meaning here."),
     (["--rollout-batchsize", "2"], "--rollout-batchsize: no such flag. Did you mean --rollout-batch-size"),
     (["--n_samples_per_prompt", "2"], "--n_samples_per_prompt: no such flag. Did you mean --n-samples-per-prompt"),
     (["--batch-size", "2"], "--batch-size: no such flag. Did you mean --micro-batch-size"),

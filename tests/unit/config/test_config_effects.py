@@ -115,7 +115,6 @@ REFUSALS = [
     (["--use-tis", "--use-rollout-logprobs"], "--use-tis: excludes --use-rollout-logprobs"),
     (["--debug-rollout-only", "--debug-train-only"], "--debug-rollout-only: excludes --debug-train-only"),
     (["--lr-warmup-iters", "3", "--lr-warmup-fraction", "0.1"], "--lr-warmup-iters: excludes --lr-warmup-fraction"),
-    (["--override-lr-scheduler", "--use-checkpoint-lr-scheduler"], "excludes --override-lr-scheduler"),
     (["--lr-decay-style", "WSD"], "--lr-decay-style WSD: needs --lr-wsd-decay-iters."),
     (["--load-debug-rollout-data-subsample", "0.5"], "needs --load-debug-rollout-data."),
     (["--ci-metric-checker-key", "eval/a"], "needs --ci-metric-checker-threshold."),
@@ -161,6 +160,11 @@ def test_effects_of_flags_that_are_not_built(
 
 
 LATER_REFUSALS = [
+    (
+        rules.refuse_exclusive,
+        {"use_checkpoint_lr_scheduler": True, "override_lr_scheduler": True},
+        "excludes --override-lr-scheduler",
+    ),
     (rules.refuse_exclusive, {"kl_coef": 0.1, "kl_loss_coef": 0.1}, "--kl-coef: excludes --kl-loss-coef"),
     (rules.refuse_exclusive, {"prefill_num_servers": 1, "rollout_external": True}, "excludes --rollout-external"),
     (rules.refuse_exclusive, {"qkv_format": "bshd", "train_backend": "fsdp"}, "--qkv-format bshd"),

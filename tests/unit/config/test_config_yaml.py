@@ -93,6 +93,9 @@ MISTAKES = [
     ("config: other.yaml", "run.yaml:7: --config: a file of flags cannot name another one."),
     ("lr: [", "run.yaml:8: not valid YAML"),
     ("- lr", "run.yaml:7: not valid YAML"),
+    ("lr: 1\nseed: !!python/object:os.system x", "run.yaml:8: not valid YAML"),
+    ("seed: 2024-13-41", "not valid YAML: month must be in 1..12"),
+    ("lr: .nan", "run.yaml:7: --lr: expected a number, got '.nan'."),
     ("sglang-tp-size: 2", "miles sets this itself. Use --rollout-num-gpus-per-engine."),
 ]
 
@@ -157,9 +160,10 @@ def base_without(flag: Flag) -> list[str]:
 
 
 def test_custom_config_adds_attributes_and_overrides_flags(tmp_path: Path) -> None:
-    text = "max_turns: 3\nrollout_interaction:\n  path: a.b\nlr: 5e-5\n"
+    text = "max_turns: 3\nnothing: null\nrollout_interaction:\n  path: a.b\nlr: 5e-5\nseed: null\n"
     text += "rewards_normalization: false\nn_samples_per_prompt: 4\n"
     config, args = parse([*REQUIRED, "--lr", "1", "--custom-config-path", write(tmp_path, text, "custom.yaml")])
+    assert args.nothing is None and config.run.seed == 1234  # null is a value for plug-ins, and no value for a flag
     assert args.max_turns == 3 and args.rollout_interaction == {"path": "a.b"}
     assert config.optimizer.lr == args.lr == 5e-5
     assert config.algorithm.rewards_normalization is False

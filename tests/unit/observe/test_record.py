@@ -33,7 +33,7 @@ def sample(index: int = 0) -> Sample:
 def test_a_run_leaves_its_record(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "a"
     with RunRecord(run_dir) as run:
-        run.write_config({"lr": 1.5e-4, "prompt_data": ["a.jsonl"], "wandb_key": "secret", "kl": None})
+        run.write_config("optimizer:\n  lr: 0.00015\n", {"lr": 1.5e-4, "wandb_key": "secret", "kl": None})
         run.write_versions({"--custom-rm-path": {"file": "rewards.py", "sha256": "ab"}})
         run.log({"rollout/step": 0, "rollout/raw_reward": 0.25}, rollout_id=0)
         run.write_rollout(0, [[sample(0), sample(1)]])
@@ -43,11 +43,8 @@ def test_a_run_leaves_its_record(tmp_path: Path) -> None:
     assert sorted(path.name for path in run_dir.iterdir()) == [
         "config.json", "config.yaml", "metrics.jsonl", "rollouts", "schema.json", "summary.json", "versions.json",
     ]  # fmt: skip
-    assert yaml.safe_load((run_dir / "config.yaml").read_text()) == {
-        "lr": 1.5e-4,
-        "prompt_data": ["a.jsonl"],
-        "kl": None,
-    }
+    assert yaml.safe_load((run_dir / "config.yaml").read_text()) == {"optimizer": {"lr": 1.5e-4}}
+    assert json.loads((run_dir / "config.json").read_text()) == {"lr": 1.5e-4, "kl": None}
     assert json.loads((run_dir / "schema.json").read_text()) == {"schema_version": record.SCHEMA_VERSION}
     versions = json.loads((run_dir / "versions.json").read_text())
     assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -81,7 +78,7 @@ def test_a_resumed_run_continues_in_place(tmp_path: Path) -> None:
     for number in range(2):
         with RunRecord(tmp_path / "r", resume=True) as run:
             assert run.moved_aside is None
-            run.write_config({"num_rollout": 10 + number})
+            run.write_config(f"num-rollout: {10 + number}\n", {"num_rollout": 10 + number})
             run.log({"number": number})
     assert [line["number"] for line in read_metrics(tmp_path / "r")] == [0, 1]
     assert json.loads((tmp_path / "r" / "config.json").read_text()) == {"num_rollout": 11}
