@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=2 python benchmarks/engine_decode.py [--concurrency 32 128] [--threads 2] [--json]
 
-Both run the same 1M-parameter Llama (hidden 128, 4 layers, vocabulary 2048, 256 positions, fp32) on prompts of 16 tokens
-up to position 256. The bare loop knows one batch of equal lengths, picks the most likely token and returns nothing but
-tokens; the engine samples at temperature 1 with log-probs, through `await generate` and continuous batching. Tokens per
-second count generated tokens over the time from the first request to the last result, prefill included.
+Both run the same 1M-parameter Llama (hidden 128, 4 layers, vocabulary 2048, 256 positions, fp32) on prompts of 16
+tokens up to position 256. The bare loop knows one batch of equal lengths, picks the most likely token and returns
+nothing but tokens; the engine samples at temperature 1 with log-probs, through `await generate`, batching continuously.
+Tokens per second count generated tokens over the time from the first request to the last result, prefill included.
 """
 
 from __future__ import annotations

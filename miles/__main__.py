@@ -1,8 +1,8 @@
 """The command line. Parses first and imports heavy things after: `--help`, `hooks` and `check` never load torch.
 
-    miles train    train; also `python train.py`           miles new      write a plug-in skeleton with its test
-    miles check    load and bind every plug-in, no run     miles replay   run a failed plug-in call again
-    miles hooks    the plug points and their signatures    miles serve    the embedded engine as a server
+miles train    train; also `python train.py`           miles new      write a plug-in skeleton with its test
+miles check    load and bind every plug-in, no run     miles replay   run a failed plug-in call again
+miles hooks    the plug points and their signatures    miles serve    the embedded engine as a server
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ class Draft:
         self.extras: dict[str, Any] = {}
         self.eval_datasets: list[Any] = []
         self.notices: list[str] = []
+        self.substitutions: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -48,7 +49,8 @@ class Draft:
         if self.given(name) or self.values[name] == value:
             return
         before = self.values[name]
-        self.notices.append(f"{self.option(name)}: {value!r} in place of the default {before!r}: {why}")
+        self.substitutions[name] = f"{self.option(name)}: {value!r} in place of the default {before!r}: {why}"
+        self.notices.append(self.substitutions[name])
         self.values[name] = value
         self.origins[name] = "substituted"
 

@@ -193,4 +193,6 @@ def _build(draft: Draft) -> RunConfig:
             values["eval_datasets"] = draft.eval_datasets
         built[name] = section(**values)
     origins: dict[str, str] = dict(draft.origins)
-    return RunConfig(**built, extras=draft.extras, notices=draft.notices, origins=origins)
+    return RunConfig(
+        **built, extras=draft.extras, notices=draft.notices, substitutions=draft.substitutions, origins=origins
+    )

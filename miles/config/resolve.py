@@ -130,6 +130,17 @@ def run_dir(draft: Draft) -> None:
     draft.fill("run_dir", time.strftime("runs/%Y-%m-%d_%H%M%S"))
 
 
+def folders_of_the_run(draft: Draft) -> None:
+    """`{run_dir}` in a path stands for the run directory, so that one flag moves everything that a run writes."""
+    for name in IN_RUN_DIR:
+        path = draft[name]
+        if path is not None:
+            draft.rewrite(name, path.replace("{run_dir}", draft["run_dir"]))
+
+
+IN_RUN_DIR = ("save", "load", "save_hf", "dump_details", "save_debug_rollout_data", "save_debug_train_data")
+
+
 def deterministic(draft: Draft) -> None:
     """`--deterministic` includes the trainer's published switch of that meaning."""
     if draft["deterministic"]:
@@ -312,6 +323,7 @@ def whitening(draft: Draft) -> None:
 
 EFFECTS: list[Rule] = [
     run_dir,
+    folders_of_the_run,
     deterministic,
     debug_dumps,
     debug_replay,

@@ -45,6 +45,8 @@ class RunConfig:
     extras: dict[str, Any] = field(default_factory=dict)
     # One line each: substituted defaults, flags without meaning here.
     notices: list[str] = field(default_factory=list, compare=False)
+    # Name -> its notice, for the defaults among them.
+    substitutions: dict[str, str] = field(default_factory=dict, compare=False)
     # Name -> default, file, command line, custom config, substituted or derived.
     origins: dict[str, str] = field(default_factory=dict, compare=False)
 

@@ -237,7 +237,7 @@ class Binder:
     def _hook(self, point: PlugPoint, path: str, loaded: Any, callee: Callee, form: Form) -> Hook:
         timeout_s = self.timeout_s if point.awaited else None
         given = (
-            point, path, callee.obj, form.name, source_of(loaded),
+            point, path, loaded, form.name, source_of(loaded),
             adapt(point, callee, form, self.threads), self.guard, self.policies.get(point.name, Policy()), timeout_s,
         )  # fmt: skip
         if point.may_be_async:

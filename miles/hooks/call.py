@@ -56,7 +56,7 @@ class Hook:
     """One bound plug-in.
 
     Example: `hook.point.flag == "--custom-rm-path"`, `hook.path == "my.rewards.grade"`, `hook.form == "sample"`,
-    `hook.stats == HookStats(calls=32, ...)`, `hook.target` is the user's function, class or object.
+    `hook.stats == HookStats(calls=32, ...)`; `hook.target` is what the path names: a function, class or object.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Hook:
     @property
     def in_thread(self) -> bool:
         """Whether the calls leave the event loop: a synchronous function at an awaited plug point."""
-        return self.point.awaited and not is_async(self.state_holder or self.target)
+        return self.point.awaited and not is_async(self.target if self.state_holder is None else self.state_holder)
 
     def raw(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted call without the door, for `miles replay`: errors fly. Awaited plug points give a coroutine."""
@@ -114,7 +114,8 @@ class Hook:
         for _ in range(self.policy.retries):
             _raise_if_passing(error)
             try:
-                return self._call(*args, **kwargs)
+                value = self._call(*args, **kwargs)
+                return _refuse(value) if type(value) is CoroutineType else value
             except Exception as again:
                 error = again
         _raise_if_passing(error)

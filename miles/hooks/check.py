@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -69,7 +70,7 @@ def bound_table(hooks: Hooks, args: Namespace) -> str:
 def form_of(hook: Hook) -> str:
     """The form, with what the adapter adds: an object made of a class, a thread for a synchronous function."""
     extra = []
-    if hook.point.instantiates and hook.state_holder is not None and hook.target is not hook.state_holder:
+    if hook.point.instantiates and inspect.isclass(hook.target):
         extra.append("object of the class")
     if hook.in_thread:
         extra.append("in a thread")

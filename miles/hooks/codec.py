@@ -135,11 +135,10 @@ def _unrecorded(value: Any) -> dict[str, str]:
 
 
 class Decoder:
-    """The inverse of Encoder; reads the tensors of `folder` when the first one is met."""
+    """The inverse of Encoder; reads tensors from `folder` as it meets them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._loaded: dict[str, dict[str, Any]] = {}
 
     def decode(self, value: Any) -> Any:
         if isinstance(value, list):
@@ -180,13 +179,7 @@ class Decoder:
         return _INPUTS[name](**content)
 
     def _tensor(self, tag: str, name: str) -> Any:
-        if tag not in self._loaded:
-            if tag == "$tensor":
-                from safetensors.torch import load_file
+        from safetensors import safe_open
 
-                self._loaded[tag] = load_file(self._folder / TENSORS_FILE)
-            else:
-                from safetensors.numpy import load_file as load_arrays
-
-                self._loaded[tag] = load_arrays(self._folder / TENSORS_FILE)
-        return self._loaded[tag][name]
+        with safe_open(self._folder / TENSORS_FILE, framework="pt" if tag == "$tensor" else "np") as file:
+            return file.get_tensor(name)

@@ -446,6 +446,6 @@ class GenerateToolSpecs(Protocol):
     retries=True,
 )
 class GenerateExecuteToolFunction(Protocol):
-    """The tool's answer as text."""
+    """The tool's answer as text, which is appended to the conversation and carries no loss."""
 
     async def __call__(self, name: str, params: dict[str, Any]) -> str: ...

@@ -24,7 +24,9 @@ async def evaluate(state: GenerateState, cache: DatasetCache) -> RolloutFnEvalOu
     """All evaluation data sets at once. `cache` keeps their prompts between calls."""
     if state.args.group_rm:
         raise FlagError(
-            "--group-rm", given="evaluation scores samples one by one.", remedy="Leave out --eval-interval, or --group-rm."
+            "--group-rm",
+            given="evaluation scores samples one by one.",
+            remedy="Leave out --eval-interval, or --group-rm.",
         )
     results = await gather_or_cancel(evaluate_dataset(state, cfg, cache) for cfg in state.args.eval_datasets)
     data: dict[str, dict[str, Any]] = {}

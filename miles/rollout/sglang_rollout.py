@@ -18,8 +18,8 @@ from miles.rollout import loop, sample
 from miles.rollout import state as _state
 from miles.rollout.generate_hub import single_turn
 from miles.rollout.loop_thread import run
-from miles.types import GenerateFnInput, Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 from miles.rollout.singleton import SingletonMeta
+from miles.types import GenerateFnInput, Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 
 EVAL_PROMPT_DATASET: _evaluate.DatasetCache = {}
 

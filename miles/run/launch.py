@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from miles.config import RunConfig
 from miles.config.dump import as_yaml, resolved
 from miles.engine.client import EngineClient, LocalEngineClient
@@ -120,18 +122,18 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
 
     host.keep_freed_memory()
     resume.seed_everything(config.run.seed)
+    if config.train.deterministic_mode:
+        torch.use_deterministic_algorithms(True)
     backend = None
     if not config.debug.debug_rollout_only:
         backend = FsdpBackend(str(config.rollout.hf_checkpoint), config.train, config.optimizer)
     engine, client = _start_engine(config, args, backend, stack)
-    context.install(
-        None if client is None else context.RunContext(hooks=hooks, client=client, seeds_each_sample=True)
-    )
+    context.install(None if client is None else context.RunContext(hooks=hooks, client=client, seeds_each_sample=True))
     stack.callback(context.install, None)
 
-    start_rollout_id = config.checkpoint.start_rollout_id or 0
-    if checkpoint is not None:
-        start_rollout_id = checkpoint.meta.next_rollout_id
+    start_rollout_id = config.checkpoint.start_rollout_id
+    if start_rollout_id is None:
+        start_rollout_id = 0 if checkpoint is None else checkpoint.meta.next_rollout_id
     args.start_rollout_id = start_rollout_id
     manager = RolloutManager(config, args, hooks, client, tracker, record, dp_size=lambda: 1)
     per_epoch = manager.num_rollout_per_epoch() if config.data.num_epoch is not None else None
@@ -168,9 +170,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     )
     watch = Watch(config, hooks, record, display, clock, num_rollout)
     _announce(config, record, display, checkpoint, start_rollout_id)
-    return Run(
-        config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch
-    )
+    return Run(config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch)
 
 
 def _open_record(config: RunConfig, *, resuming: bool) -> RunRecord:
@@ -185,18 +185,20 @@ def _start_engine(
     if config.debug.debug_train_only:
         return None, None
     folder = str(config.rollout.hf_checkpoint)
-    options = dict(
-        max_running_requests=config.engine.sglang_max_running_requests or DEFAULT_RUNNING_REQUESTS,
-        max_total_tokens=config.engine.sglang_max_total_tokens,
-        context_length=config.engine.sglang_context_length,
-        seed=config.run.seed,
-    )
+    options = {
+        "max_running_requests": config.engine.sglang_max_running_requests or DEFAULT_RUNNING_REQUESTS,
+        "max_total_tokens": config.engine.sglang_max_total_tokens,
+        "context_length": config.engine.sglang_context_length,
+        "seed": config.run.seed,
+    }
     if backend is None:
         engine = EmbeddedEngine.from_folder(folder, **options)
     else:
         tokenizer, hf_config = load_tokenizer(folder, trust_remote_code=True), load_config(folder)
         eos = end_of_sequence_ids(hf_config, tokenizer, folder)
-        engine = EmbeddedEngine(hf_config, backend.weights(), tokenizer, eos_token_ids=eos, model_path=folder, **options)
+        engine = EmbeddedEngine(
+            hf_config, backend.weights(), tokenizer, eos_token_ids=eos, model_path=folder, **options
+        )
     stack.callback(engine.close)
     address = stack.enter_context(serve.on_loopback(engine, config.engine.sglang_router_port))
     args.sglang_router_ip, args.sglang_router_port = address
@@ -208,8 +210,14 @@ def _announce(
 ) -> None:
     if record.moved_aside is not None:
         display.notice(f"{record.path} held an earlier run, which is now {record.moved_aside}")
+    if config.substitutions:
+        names = ", ".join("--" + name.replace("_", "-") for name in config.substitutions)
+        display.notice(
+            f"published defaults replaced on this machine ({record.path.name}/config.json says why): {names}"
+        )
     for notice in config.notices:
-        display.notice(notice)
+        if notice not in config.substitutions.values():
+            display.notice(notice)
     if checkpoint is not None:
         display.notice(f"resuming from {checkpoint.folder}: rollout {start} is next")
     elif config.checkpoint.load is not None:

@@ -148,9 +148,7 @@ class RolloutManager:
     def _samples(self, rollout_id: int) -> RolloutFnTrainOutput:
         debug = self.config.debug
         if debug.load_debug_rollout_data:
-            loaded = debug_data.load(
-                debug.load_debug_rollout_data, rollout_id, debug.load_debug_rollout_data_subsample
-            )
+            loaded = debug_data.load(debug.load_debug_rollout_data, rollout_id, debug.load_debug_rollout_data_subsample)
             return RolloutFnTrainOutput(samples=[loaded])
         output = self.hooks.rollout_function.run(self._rollout_fn, RolloutFnTrainInput(rollout_id), run)
         if not output.samples:

@@ -22,7 +22,7 @@ from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from miles.config import RunConfig, parse
+from miles.config import parse
 from miles.errors import RunStopped
 from miles.hooks import bind
 from miles.run.periodic import should_run_periodic_action

@@ -7,6 +7,7 @@ from typing import Any
 from miles.config import RunConfig
 from miles.hooks import Hooks
 from miles.observe.display import Display
+from miles.observe.metric_checker import MetricChecker
 from miles.observe.metrics import reward_value
 from miles.observe.plots import save_reward_png
 from miles.observe.record import RunRecord
@@ -24,6 +25,12 @@ class Watch:
     ) -> None:
         self.config, self.hooks, self.record, self.display, self.clock = config, hooks, record, display, clock
         self.total = total
+        ci = config.ci
+        self.checker = (
+            MetricChecker(ci.ci_metric_checker_key, ci.ci_metric_checker_threshold)
+            if ci.ci_metric_checker_key
+            else None
+        )
         self.rewards: list[tuple[int, float]] = []
         self.evals: dict[str, list[tuple[float, float]]] = {}
         self.eval_before: dict[str, float] | None = None
@@ -57,13 +64,17 @@ class Watch:
             self.eval_after = report.accuracy
         for name, value in report.accuracy.items():
             self.evals.setdefault(name, []).append((done, value))
+        if self.checker is not None:
+            self.checker.on_eval(report.metrics)
         title = "before training" if done == 0 else f"after rollout {done}"
         self.display.evaluation(title, report.accuracy)
         if report.example is not None and done in (0, self.total):
             self._show(title, report.example)
 
     def _show(self, title: str, sample: Sample) -> None:
-        self.display.example(title, sample.prompt, sample.response, sample.label, reward_value(sample, self.config.reward.reward_key))
+        self.display.example(
+            title, sample.prompt, sample.response, sample.label, reward_value(sample, self.config.reward.reward_key)
+        )
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
@@ -82,3 +93,5 @@ class Watch:
             steps, rewards = [float(i) for i, _ in self.rewards], [r for _, r in self.rewards]
             self.display.curve(steps, rewards)
             save_reward_png(self.record.path / "reward.png", steps, rewards, evals=self.evals)
+        if self.checker is not None:
+            self.checker.verdict()

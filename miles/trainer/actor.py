@@ -122,7 +122,7 @@ class TrainActor:
             view.write_back()
         self._skip = self._zero_rows(shard)
         if self.config.algorithm.compute_advantages_and_returns and not self._needs_all_log_probs():
-            late = np.concatenate([rows for rows in steps[1:]]) if len(steps) > 1 else np.empty(0, np.int64)
+            late = np.concatenate(list(steps[1:])) if len(steps) > 1 else np.empty(0, np.int64)
             self._old_log_probs(shard, late[~self._skip[late]])
         template = self.config.debug.save_debug_train_data
         if template is not None:
@@ -212,9 +212,7 @@ class TrainActor:
         run = rows[~self._skip[rows]]
         counts = torch.tensor([float(shard.mask_sums[rows].sum()), float(len(run)), float(shard.mask_sums[run].sum())])
         num_tokens, ran, ran_tokens = (int(n) for n in self.backend.sum_over_ranks(counts).tolist())
-        scale = loss_scale(
-            self.settings, global_batch_size, num_tokens, dp_size=self.backend.parallel.dp_cp_size
-        )
+        scale = loss_scale(self.settings, global_batch_size, num_tokens, dp_size=self.backend.parallel.dp_cp_size)
 
         def loss_fn(micro: PackedBatch, output: ModelOutput) -> MicroLoss:
             return self._loss(shard, micro, output, scale)
@@ -223,7 +221,12 @@ class TrainActor:
         before = self.hooks.custom_megatron_before_train_step_hook
         if before is not None:
             before(
-                self.args, rollout_id, step_id, self.backend.model_chunks, self.backend.optimizer, self.backend.scheduler
+                self.args,
+                rollout_id,
+                step_id,
+                self.backend.model_chunks,
+                self.backend.optimizer,
+                self.backend.scheduler,
             )
         results = self.backend.forward_backward(self._micro_batches(shard, run), loss_fn)
         outcome = self.backend.optimizer_step()

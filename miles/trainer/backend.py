@@ -88,7 +88,9 @@ class Backend(Protocol):
     def use_schedule(self, schedule: Schedule) -> None:
         """Once, when the length of the run is known."""
 
-    def forward_only(self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]) -> list[T]:
+    def forward_only(
+        self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]
+    ) -> list[T]:
         """`read` of every micro batch in evaluation mode, without gradients."""
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[dict[str, Tensor]]:

@@ -1,10 +1,10 @@
 """The learning rate as a function of the optimizer step (Megatron's schedule, which the published flags name).
 
-    lr ▲        ____ max_lr
-       │      ╱      ╲___            constant · linear · cosine · inverse-square-root · WSD
-       │    ╱            ╲____ min_lr
-       └───┴──────────────┴────────► step
-         warmup          decay
+lr ▲        ____ max_lr
+   │      ╱      ╲___            constant · linear · cosine · inverse-square-root · WSD
+   │    ╱            ╲____ min_lr
+   └───┴──────────────┴────────► step
+     warmup          decay
 """
 
 from __future__ import annotations

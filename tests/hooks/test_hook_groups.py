@@ -43,7 +43,7 @@ def test_dynamic_filter_that_fails() -> None:
 
 
 def test_an_async_filter_is_refused() -> None:
-    with pytest.raises(UsageError, match="called synchronously(.|\n)*write `def`"):
+    with pytest.raises(UsageError, match=r"called synchronously(.|\n)*write `def`"):
         bound("dynamic_sampling_filter", "groups:async_filter")
 
 

@@ -1,4 +1,4 @@
-"""What `bind` says about plug-ins that cannot be used: which flag, what was found and where, what to do; all at once."""
+"""What `bind` says about plug-ins that cannot be used: flag, what was found and where, what to do; all at once."""
 
 from __future__ import annotations
 
@@ -43,18 +43,27 @@ GOOD = "async def grade(args, sample):\n    return 1.0\n\n\ndef grade_all(args, 
     [
         ("no_such_package.rewards.grade", ["no module named 'no_such_package'", "PYTHONPATH"]),
         ("tasks.reward.grade", ["package 'tasks'", "has no module 'reward'", "did you mean tasks.rewards?"]),
-        ("tasks.rewards.grad", ["tasks.rewards (tasks/rewards.py) has no 'grad'", "did you mean tasks.rewards.grade (tasks/rewards.py:1)?"]),
+        (
+            "tasks.rewards.grad",
+            [
+                "tasks.rewards (tasks/rewards.py) has no 'grad'",
+                "did you mean tasks.rewards.grade (tasks/rewards.py:1)?",
+            ],
+        ),
         ("tasks.rewards:gradeall", ["did you mean tasks.rewards:grade_all (tasks/rewards.py:5)?"]),
         ("tasks/rewards.py:grad", ["did you mean tasks/rewards.py:grade"]),
-        ("tasks.rewards.zzz", ["it defines grade (tasks/rewards.py:1), grade_all (tasks/rewards.py:5)", "name one of these"]),
+        (
+            "tasks.rewards.zzz",
+            ["it defines grade (tasks/rewards.py:1), grade_all (tasks/rewards.py:5)", "name one of these"],
+        ),
         ("tasks.rewards.deep.grade", ["'tasks.rewards' is a module (tasks/rewards.py), not a package"]),
         ("tasks/reward.py:grade", ["no file tasks/reward.py", "did you mean tasks/rewards.py?"]),
         ("task/rewards.py:grade", ["no folder task"]),
         ("tasks/rewards.py", ["names no function", "tasks/rewards.py:function"]),
         ("grade", ["names no function"]),
-        ("rewards.grade", ["no module named 'rewards'"]),
+        ("prizes.grade", ["no module named 'prizes'"]),
     ],
-)  # fmt: skip
+)
 def test_paths_that_lead_nowhere(folder: Path, path: str, says: list[str]) -> None:
     (folder / "tasks").mkdir()
     (folder / "tasks" / "__init__.py").touch()
@@ -91,14 +100,26 @@ def test_files_that_cannot_be_imported(folder: Path, source: str, says: list[str
     ("source", "says"),
     [
         ("async def grade(sample): ...", ["async grade(sample) at mine.py:1", "too many positional arguments"]),
-        ("def grade(args, sample, extra): ...", ["grade(args, sample, extra) at mine.py:1", "missing a required argument: 'extra'"]),
+        (
+            "def grade(args, sample, extra): ...",
+            ["grade(args, sample, extra) at mine.py:1", "missing a required argument: 'extra'"],
+        ),
         ("grade = 3", ["grade, a int, not a function or class", "name a function"]),
-        ("class grade:\n    def __init__(self, model): ...", ["class grade(model) at mine.py:1", "cannot be made without arguments"]),
-        ("class grade:\n    def __init__(self):\n        open('missing')", ["making an object of the class raised FileNotFoundError", "mine.py:3: open('missing')"]),
+        (
+            "class grade:\n    def __init__(self, model): ...",
+            ["class grade(model) at mine.py:1", "cannot be made without arguments"],
+        ),
+        (
+            "class grade:\n    def __init__(self):\n        open('missing')",
+            ["making an object of the class raised FileNotFoundError", "mine.py:3: open('missing')"],
+        ),
         ("class grade:\n    pass", ["name a function"]),
-        ("class grade:\n    def state_dict(self): ...\n    def __call__(self, args, sample): ...", ["without load_state_dict"]),
+        (
+            "class grade:\n    def state_dict(self): ...\n    def __call__(self, args, sample): ...",
+            ["without load_state_dict"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_signatures_that_do_not_fit(folder: Path, source: str, says: list[str]) -> None:
     (folder / "mine.py").write_text(source + "\n")
     text = only_problem(custom_rm_path="mine.py:grade")
@@ -127,10 +148,17 @@ def test_everything_is_reported_at_once(folder: Path) -> None:
     problems = caught.value.problems
     heads = [p.splitlines()[0].split()[0] for p in problems]
     assert heads == [
-        "--hook-policy", "--hook-policy", "--rollout-function-path", "--eval-function-path",
-        "--custom-generate-function-path", "--custom-rm-path", "--dynamic-sampling-filter-path", "--buffer-filter-path",
-        "--miles-router-middleware-paths", "--miles-router-middleware-paths",
-    ]  # fmt: skip
+        "--hook-policy",
+        "--hook-policy",
+        "--rollout-function-path",
+        "--eval-function-path",
+        "--custom-generate-function-path",
+        "--custom-rm-path",
+        "--dynamic-sampling-filter-path",
+        "--buffer-filter-path",
+        "--miles-router-middleware-paths",
+        "--miles-router-middleware-paths",
+    ]
     assert "did you mean custom-rm?" in problems[0]
     assert "got 'drop', expected raise" in problems[1]
     assert str(caught.value).startswith("10 plug-in problems, found before anything was started:")
@@ -139,10 +167,20 @@ def test_everything_is_reported_at_once(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "accepted"),
     [
-        ("raise", True), ("drop", True), ("mask", True), ("retry:1", True), ("retry:3,drop", True), ("retry:2, mask", True),
-        ("retry", False), ("retry:0", False), ("retry:x", False), ("ignore", False), ("drop,mask", False), ("", False),
+        ("raise", True),
+        ("drop", True),
+        ("mask", True),
+        ("retry:1", True),
+        ("retry:3,drop", True),
+        ("retry:2, mask", True),
+        ("retry", False),
+        ("retry:0", False),
+        ("retry:x", False),
+        ("ignore", False),
+        ("drop,mask", False),
+        ("", False),
     ],
-)  # fmt: skip
+)
 def test_policies(text: str, accepted: bool) -> None:
     async def grade(args: Namespace, sample: object) -> float:
         return 0.0
@@ -159,11 +197,16 @@ def test_policies(text: str, accepted: bool) -> None:
 
 def test_plug_ins_add_flags_and_broken_ones_are_left_to_bind(folder: Path) -> None:
     (folder / "mine.py").write_text(
-        "def grade(args, sample): ...\n\n\ndef add(parser):\n    parser.add_argument('--strictness', type=int, default=3)\n"
-        "\n\ngrade.add_arguments = add\n\n\nclass Generate:\n    @staticmethod\n    def add_arguments(parser):\n"
+        "def grade(args, sample): ...\n\n\ndef add(parser):\n"
+        "    parser.add_argument('--strictness', type=int, default=3)\n\n\ngrade.add_arguments = add\n\n\n"
+        "class Generate:\n    @staticmethod\n    def add_arguments(parser):\n"
         "        parser.add_argument('--turns', type=int, default=2)\n"
     )
-    paths = {"custom_rm_path": "mine.grade", "custom_generate_function_path": "mine.Generate", "buffer_filter_path": "no.such"}
+    paths = {
+        "custom_rm_path": "mine.grade",
+        "custom_generate_function_path": "mine.Generate",
+        "buffer_filter_path": "no.such",
+    }
     for _ in range(2):
         parser = ArgumentParser()
         extend_parser(parser, paths)
@@ -172,9 +215,10 @@ def test_plug_ins_add_flags_and_broken_ones_are_left_to_bind(folder: Path) -> No
 
 def test_a_failing_add_arguments_is_told_with_its_line(folder: Path) -> None:
     (folder / "mine.py").write_text(
-        "def grade(args, sample): ...\n\n\ndef add(parser):\n    parser.add_argument('--help')\n\n\ngrade.add_arguments = add\n"
+        "def grade(args, sample): ...\n\n\n"
+        "def add(parser):\n    parser.add_argument('--help')\n\n\ngrade.add_arguments = add\n"
     )
-    with pytest.raises(HookReport, match="add_arguments raised ArgumentError(.|\n)*mine.py:5"):
+    with pytest.raises(HookReport, match=r"add_arguments raised ArgumentError(.|\n)*mine.py:5"):
         extend_parser(ArgumentParser(), Namespace(custom_rm_path="mine.grade"))
 
 

@@ -116,7 +116,9 @@ def test_a_failed_reward_is_never_a_number(value: Any, kind: str, policy: str, n
     assert (result.kind, result.sample_index, result.flag) == (kind, 7, "--custom-rm-path")
     with pytest.raises((TypeError, ValueError)):
         float(result)  # type: ignore[arg-type]
-    batch = asyncio.run(hook.call_batch_async(ARGS, [sample(metadata={"value": 1.0}), sample(1, metadata={"value": value})]))
+    batch = asyncio.run(
+        hook.call_batch_async(ARGS, [sample(metadata={"value": 1.0}), sample(1, metadata={"value": value})])
+    )
     assert batch[0] == 1.0 and isinstance(batch[1], Failure)
 
 
@@ -186,7 +188,9 @@ def test_retry_succeeds(no_delay: None) -> None:
     assert hook.stats.failures == 0
 
 
-@pytest.mark.parametrize("error", [UsageError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [UsageError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__
+)
 @pytest.mark.parametrize("synchronous", [False, True])
 def test_some_errors_pass_untouched(error: BaseException, synchronous: bool) -> None:
     async def raises(args: Namespace, sample: Any) -> float:

@@ -10,7 +10,7 @@ import pytest
 from hooks_helpers import bound, bound_hooks
 
 from miles.errors import HookError, UsageError
-from miles.hooks import Hook
+from miles.hooks import Hook, bind, function_registry
 
 ARGS = Namespace()
 DATA = {"tokens": [[1]]}
@@ -64,10 +64,16 @@ def test_loss(name: str, form: str, metrics: dict[str, Any]) -> None:
     assert hook.form == form
 
 
-TIS = dict(
-    args=ARGS, pg_loss="loss", train_log_probs=[], rollout_log_probs=[], loss_masks=[1], total_lengths=[],
-    response_lengths=[], parallel_state="ps",
-)  # fmt: skip
+TIS = {
+    "args": ARGS,
+    "pg_loss": "loss",
+    "train_log_probs": [],
+    "rollout_log_probs": [],
+    "loss_masks": [1],
+    "total_lengths": [],
+    "response_lengths": [],
+    "parallel_state": "ps",
+}
 
 
 @pytest.mark.parametrize(
@@ -117,17 +123,17 @@ def test_model_provider_gets_vp_stage_by_name(name: str, made: Any) -> None:
 
 
 def test_megatron_hooks() -> None:
-    cases: list[tuple[str, str, tuple[Any, ...]]] = [
-        ("custom_megatron_init", "megatron_init", (ARGS,)),
-        ("custom_megatron_before_log_prob_hook", "before_log_prob", (ARGS, [], "ref_")),
-        ("custom_megatron_before_train_step_hook", "before_train_step", (ARGS, 1, 2, [], None, None)),
-        ("custom_megatron_post_save_hook", "post_save", (ARGS, 3, "ckpt", None)),
+    cases: list[tuple[str, str, tuple[Any, ...], Any]] = [
+        ("custom_megatron_init", "megatron_init", (ARGS,), "init"),
+        ("custom_megatron_before_log_prob_hook", "before_log_prob", (ARGS, [], "ref_"), "ref_"),
+        ("custom_megatron_before_train_step_hook", "before_train_step", (ARGS, 1, 2, [], None, None), (1, 2)),
+        ("custom_megatron_post_save_hook", "post_save", (ARGS, 3, "ckpt", None), "ckpt"),
     ]
-    for point, name, given in cases:
+    for point, name, given, received in cases:
         hook = bound(point, f"training:{name}")
         seen(hook).clear()
         hook(*given)
-        assert seen(hook) == [{"megatron_init": "init", "before_log_prob": "ref_", "before_train_step": (1, 2)}.get(name, "ckpt")]
+        assert seen(hook) == [received]
 
 
 def test_coroutines_where_the_core_cannot_await() -> None:
@@ -160,3 +166,20 @@ def test_plug_ins_of_built_in_generate_functions() -> None:
         asyncio.run(bound("generate_execute_tool_function", "training:execute_number").call_async("add", {}))
     with pytest.raises(UsageError, match="name a value"):
         bound("generate_tool_specs", "training:agent")
+
+
+def test_a_synchronous_plug_in_is_retried() -> None:
+    attempts: list[int] = []
+
+    def save(args: Namespace, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None) -> None:
+        attempts.append(rollout_id)
+        if len(attempts) < 3:
+            raise OSError("bucket is busy")
+
+    key = "custom-megatron-post-save-hook"
+    with function_registry.temporary("test:save", save):
+        hooks = bind(Namespace(custom_megatron_post_save_hook_path="test:save"), policies={key: "retry:2"})
+    hook = hooks.custom_megatron_post_save_hook
+    assert hook is not None
+    hook(ARGS, 7, "ckpt", None)
+    assert attempts == [7, 7, 7] and hook.stats.calls == 1 and hook.stats.failures == 0

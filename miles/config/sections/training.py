@@ -166,8 +166,10 @@ class OptimizerConfig(Section):
 class CheckpointConfig(Section):
     """What is loaded and saved."""
 
-    load: str | None = flag(None, "Folder to resume from: the --save of an earlier run.", common=True)
-    save: str | None = flag(None, "Folder of the checkpoints.", common=True)
+    load: str | None = flag(
+        None, "Folder to resume from: the --save of an earlier run. {run_dir} in it is the run directory.", common=True
+    )
+    save: str | None = flag(None, "Folder of the checkpoints. {run_dir} in it is the run directory.", common=True)
     save_interval: int | None = flag(None, "Rollouts between two checkpoints.", check=at_least(1), common=True)
     async_save: bool = flag(False, "Write checkpoints in the background.", status=not_built("Asynchronous saving"))
     no_save_optim: bool = flag(False, "Leave the optimizer out of the checkpoints.")

@@ -97,10 +97,6 @@ class KVCache:
         self.contents = [[] for _ in self.contents]
         self.epoch += 1
 
-    def drop(self) -> None:
-        """Give all memory back."""
-        self._allocate(0, 0)
-
     def swap(self, a: Sequence[int], b: Sequence[int], used: int) -> None:
         """Exchange the first `used` positions of slots pairwise; `a` and `b` have no slot in common."""
         if not a:

@@ -139,8 +139,10 @@ class EmbeddedEngine:
                 if self._closed:
                     raise EngineError("the engine is closed.")
                 self._replies[self._scheduler.submit(request)] = reply
-            except EngineError as error:
-                self._hand_over(loop, [(reply, error)])
+            except Exception as error:
+                known = isinstance(error, EngineError)
+                refusal = error if known else EngineError(f"the request failed: {type(error).__name__}: {error}")
+                self._hand_over(loop, [(reply, refusal)])
 
         self._post_after_settling(loop, start)
         try:

@@ -72,7 +72,9 @@ class FsdpBackend:
         )
         return ModelOutput(out.last_hidden_state[0], self.model.get_output_embeddings().weight)
 
-    def forward_only(self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]) -> list[T]:
+    def forward_only(
+        self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]
+    ) -> list[T]:
         self.model.eval()
         try:
             with torch.no_grad():

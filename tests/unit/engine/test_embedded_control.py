@@ -225,6 +225,22 @@ def test_a_step_that_raises_fails_all_requests_and_the_engine_goes_on(engine: Em
     assert len(run_all(engine, [request([5], max_new_tokens=2, ignore_eos=True)])[0].output_ids) == 2
 
 
+def test_a_tokenizer_that_raises_fails_its_request_alone(engine: EmbeddedEngine) -> None:
+    class Broken:
+        def encode(self, text: str) -> list[int]:
+            raise KeyError(text)
+
+    slow_down(engine)
+    engine._scheduler.tokenizer = Broken()
+
+    async def scenario() -> list:
+        asked = [text_request("1"), request([5], max_new_tokens=0)]
+        return await asyncio.gather(*(engine.generate(r) for r in asked), return_exceptions=True)
+
+    with pytest.raises(EngineError, match="the request failed: KeyError: '1'"):
+        raise asyncio.run(scenario())[0]
+
+
 def test_diverged_weights_are_an_error_and_leave_no_trace(engine: EmbeddedEngine) -> None:
     good = {name: tensor.clone() for name, tensor in engine_tensors(engine).items()}
     [before] = run_all(engine, [request([5, 6, 7], temperature=0, max_new_tokens=5, ignore_eos=True)])

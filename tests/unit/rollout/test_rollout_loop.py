@@ -16,7 +16,18 @@ from miles.rollout import context, loop, sample
 from miles.rollout.state import GenerateState
 from miles.types import DynamicFilterOutput, Failure, GenerateFnInput, Sample, is_failed
 
-FLAGS = "--hf-checkpoint m --prompt-data p --num-rollout 1 --rollout-batch-size 2 --n-samples-per-prompt 2".split()
+FLAGS = [
+    "--hf-checkpoint",
+    "m",
+    "--prompt-data",
+    "p",
+    "--num-rollout",
+    "1",
+    "--rollout-batch-size",
+    "2",
+    "--n-samples-per-prompt",
+    "2",
+]
 
 
 class TableEngine:
@@ -230,7 +241,14 @@ async def forward(input: GenerateFnInput) -> Any:
 
 def test_finished_samples_are_left_alone() -> None:
     _, args = parse(
-        [*FLAGS, "--num-steps-per-rollout", "1", *rm("reward_label"), "--custom-generate-function-path", f"{HERE}:forward"]
+        [
+            *FLAGS,
+            "--num-steps-per-rollout",
+            "1",
+            *rm("reward_label"),
+            "--custom-generate-function-path",
+            f"{HERE}:forward",
+        ]
     )
 
     async def go() -> Sample:

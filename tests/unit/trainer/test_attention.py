@@ -55,8 +55,8 @@ def test_equals_attention_row_by_row_with_gradients(window: int | None) -> None:
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
 def test_packed_model_equals_separate_rows(kind: str) -> None:
     torch.manual_seed(0)
-    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    small |= dict(intermediate_size=48, vocab_size=19, max_position_embeddings=64)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small |= {"intermediate_size": 48, "vocab_size": 19, "max_position_embeddings": 64}
     config, cls = (
         (Qwen3Config(head_dim=8, **small), Qwen3ForCausalLM)
         if kind == "qwen3"

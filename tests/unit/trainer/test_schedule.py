@@ -8,7 +8,7 @@ import torch
 from miles.errors import FlagError
 from miles.trainer.schedule import ParamScheduler, Schedule
 
-SPAN = dict(max_lr=1.0, min_lr=0.2, warmup=10, decay=110)
+SPAN = {"max_lr": 1.0, "min_lr": 0.2, "warmup": 10, "decay": 110}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""`miles check`, `miles hooks`, `miles new`, `miles replay` as functions that print and return an exit status."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import miles
+from miles.errors import HookReport, UsageError
+from miles.hooks import CATALOG
+from miles.hooks.check import check_main, list_main
+from miles.hooks.new import new_main
+from miles.hooks.replay import replay_main
+
+SETTINGS = {"hook_policy": {}, "hook_form": {}, "hook_timeout_s": None, "hook_error_budget": 0.05}
+
+
+def config(**changes: Any) -> Any:
+    return SimpleNamespace(run=SimpleNamespace(**{**SETTINGS, **changes}), notices=["8 GPUs are not here: 1 CPU"])
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> str:
+    file = tmp_path / "checked_plugins.py"
+    file.write_text(
+        "def grade(args, sample):\n    return 1.0\n\n\nclass Judge:\n    async def __call__(self, args, sample):\n"
+        "        return 1.0\n\n\ndef init(args):\n    pass\n"
+    )
+    return str(file)
+
+
+def test_check_prints_what_was_bound(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = Namespace(custom_rm_path=f"{plugin}:grade", custom_megatron_init_path=f"{plugin}:init", train_backend="fsdp")
+    assert check_main(config(hook_policy={"custom-rm": "drop"}), args) == 0
+    shown = capsys.readouterr().out
+    assert "note: 8 GPUs are not here: 1 CPU" in shown
+    row = next(line for line in shown.splitlines() if line.startswith("--custom-rm-path"))
+    assert row.split() == [
+        "--custom-rm-path",
+        f"{plugin}:grade",
+        "sample-or-samples",
+        "(in",
+        "a",
+        "thread)",
+        f"{plugin}:1",
+        "drop",
+    ]
+    assert "--custom-megatron-init-path is never called with --train-backend fsdp" in shown
+    assert "2 plug-ins bound, no problems." in shown
+
+
+def test_check_shows_an_object_of_a_class(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_main(config(), Namespace(custom_rm_path=f"{plugin}:Judge")) == 0
+    assert "sample-or-samples (object of the class)" in capsys.readouterr().out
+
+
+def test_check_of_a_broken_one(plugin: str) -> None:
+    with pytest.raises(HookReport, match="did you mean"):
+        check_main(config(), Namespace(custom_rm_path=f"{plugin}:grad"))
+
+
+def test_hooks_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_main([]) == 0
+    listed = capsys.readouterr().out
+    for point in CATALOG.values():
+        assert point.flag in listed
+        for spelling in (point.key, point.flag, point.name):
+            assert list_main([spelling]) == 0
+            shown = capsys.readouterr().out
+            assert point.when in shown and point.contract in shown
+            for form in point.forms:
+                assert form.name in shown and form.recognised_by in shown
+    with pytest.raises(UsageError, match="Did you mean custom-rm"):
+        list_main(["custom-rmm"])
+
+
+def test_new_writes_plug_ins_whose_tests_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for point in CATALOG.values():
+        assert new_main([point.key]) == 0
+    files = sorted(tmp_path.glob("*.py"))
+    assert len(files) == 2 * len(CATALOG)
+    for file in files:
+        ast.parse(file.read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(miles.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_new_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sub" / "grade.py"
+    assert new_main(["--", "custom_rm", str(file)]) == 0
+    assert f"use    --custom-rm-path {file}:my_rm" in capsys.readouterr().out
+    before = file.read_text()
+    with pytest.raises(UsageError, match="nothing is overwritten"):
+        new_main(["custom-rm", str(file)])
+    assert file.read_text() == before
+    with pytest.raises(UsageError, match="Python file"):
+        new_main(["custom-rm", str(tmp_path / "grade.txt")])
+    with pytest.raises(UsageError, match="Did you mean buffer-filter"):
+        new_main(["bufferfilter"])
+
+
+def test_replay_of_what_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"expected a folder with the call\.json"):
+        replay_main([str(tmp_path)])
+    (tmp_path / "call.json").write_text("{}")
+    with pytest.raises(UsageError, match="another version"):
+        replay_main([str(tmp_path)])
