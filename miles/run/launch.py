@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from miles.rollout import context
 from miles.rollout.tokenizer import load_tokenizer
 from miles.run import host, resume, serve
 from miles.run.manager import RolloutManager
-from miles.run.roles import RolloutRole, TrainRole
+from miles.run.roles import EngineThread, RolloutRole, RoleThread, TrainRole
 from miles.run.watch import Watch
 from miles.trainer.actor import TrainActor
 from miles.trainer.fsdp.backend import FsdpBackend
@@ -126,7 +127,10 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         torch.use_deterministic_algorithms(True)
     backend = None
     if not config.debug.debug_rollout_only:
-        backend = FsdpBackend(str(config.rollout.hf_checkpoint), config.train, config.optimizer)
+        # In a thread that ends: its OpenMP team goes with it, and the engine's stays the only one.
+        with ThreadPoolExecutor(1) as loading:
+            folder = str(config.rollout.hf_checkpoint)
+            backend = loading.submit(FsdpBackend, folder, config.train, config.optimizer).result()
     engine, client = _start_engine(config, args, backend, stack)
     context.install(None if client is None else context.RunContext(hooks=hooks, client=client, seeds_each_sample=True))
     stack.callback(context.install, None)
@@ -161,7 +165,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
             manager.load(start_rollout_id - 1)
             record.rewind(start_rollout_id)
             resume.restore_rng(checkpoint.folder)
-        trainer = TrainRole(actor)
+        trainer = TrainRole(actor, RoleThread("train") if engine is None else EngineThread(engine))
         stack.callback(trainer.close)
     rollout = RolloutRole(manager)
     stack.callback(rollout.close)

@@ -2,7 +2,7 @@
 
     driver (event loop of the main thread)
       ├── RolloutRole ── thread "rollout" ── RolloutManager: data source, rollout function, conversion
-      └── TrainRole ──── thread "train" ──── TrainActor: log-probs, advantages, optimizer steps
+      └── TrainRole ──── the engine's thread ─ TrainActor: log-probs, advantages, optimizer steps
 
 The driver sees only these methods, each awaitable, each running its role's calls one after the other. On a cluster the
 same two classes hold Ray actors instead of objects and nothing else changes; a critic and a reference model are further
@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
+    from miles.engine.embedded.engine import EmbeddedEngine
     from miles.run.manager import EvalReport, RolloutManager, RolloutReport
     from miles.trainer.actor import TrainActor, TrainReport
 
@@ -54,6 +55,19 @@ class RoleThread:
         self._calls.put(None)
 
 
+class EngineThread:
+    """The embedded engine's thread, for a trainer that shares the cores with it (see `EmbeddedEngine.submit`)."""
+
+    def __init__(self, engine: EmbeddedEngine) -> None:
+        self._engine = engine
+
+    async def call(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.wrap_future(self._engine.submit(lambda: fn(*args, **kwargs)))
+
+    def close(self) -> None:
+        """The engine's own `close` ends it."""
+
+
 class RolloutRole:
     """Whoever makes batches."""
 
@@ -86,8 +100,8 @@ class RolloutRole:
 class TrainRole:
     """Whoever turns batches into weights: the actor; later a critic and a reference beside it."""
 
-    def __init__(self, actor: TrainActor) -> None:
-        self.actor, self._thread = actor, RoleThread("train")
+    def __init__(self, actor: TrainActor, thread: RoleThread | EngineThread) -> None:
+        self.actor, self._thread = actor, thread
 
     async def train(self, rollout_id: int, rollout: RolloutReport) -> TrainReport:
         """Train on a rollout; every data-parallel rank takes its shard."""

@@ -67,8 +67,9 @@ class _LateServer:
 
     async def _serve(self) -> None:
         server_module = await asyncio.to_thread(_import_server)
-        app = server_module.create_app(self.engine, as_router=True)
-        await server_module.serve_on_socket(app, self.listening)
+        app = server_module.create_app(self.engine, own_url=f"http://{LOOPBACK}:{self.port}")
+        async with server_module.serve_in_loop(app, self.listening):
+            await asyncio.Event().wait()
 
     async def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self.listening)

@@ -292,10 +292,12 @@ class EmbeddedEngine:
             self._outboxes.clear()
         self._post([*pending, command])
 
-    def _call(self, command: Callable[[], T]) -> T:
-        """Run a command between two steps and wait for its value."""
-        if threading.current_thread() is self._thread:
-            return command()
+    def submit(self, command: Callable[[], T]) -> Future[T]:
+        """Run a command in the engine's thread, between two steps. No step runs meanwhile.
+
+        A trainer on the same cores runs its own work here: OpenMP gives every thread that computes a team of its own,
+        and with more teams than cores all of them sleep between operations, which costs a small model half its speed.
+        """
         done: Future[T] = Future()
 
         def run() -> None:
@@ -304,8 +306,15 @@ class EmbeddedEngine:
             except BaseException as error:
                 done.set_exception(error)
 
-        self._post_control(run)
-        return done.result()
+        if threading.current_thread() is self._thread:
+            run()
+        else:
+            self._post_control(run)
+        return done
+
+    def _call(self, command: Callable[[], T]) -> T:
+        """Run a command between two steps and wait for its value."""
+        return self.submit(command).result()
 
     # ---- the engine's thread -------------------------------------------------------------------------------------
 
