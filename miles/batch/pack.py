@@ -2,6 +2,10 @@
 
 Rows stand one after another without padding, `cu_seqlens` says where each begins. Tokens never see another row:
 position ids start at 0 in every row, and the attention of the backend cuts at `cu_seqlens`.
+
+With `share_prompts`, rows with the same prompt (the samples of a group) have it once: under causal attention the states
+of a prompt do not depend on what follows it, so one copy serves all of them, in the forward pass and with the sum of
+their gradients in the backward pass. `row_places` then says where each row's tokens are.
 """
 
 from __future__ import annotations
@@ -19,20 +23,26 @@ from miles.batch.types import TrainBatch
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """n rows with T tokens, R of them response tokens, on one device.
+    """n rows with T tokens, R of them response tokens, in P <= T packed places, on one device.
 
     Example, rows [12, 9, 4, 5] (two response tokens) and [12, 8, 6] (one)::
 
         tokens = [12, 9, 4, 5, 12, 8, 6]    cu_seqlens = [0, 4, 7]    position_ids = [0, 1, 2, 3, 0, 1, 2]
         predicting = [1, 2, 5]    targets = [4, 5, 6]    response_lengths = [2, 1]    sample_ids = [0, 0, 1]
+        row_places = [0, 1, 2, 3, 4, 5, 6]
+
+    and rows [12, 9, 4, 5] and [12, 9, 6] with a shared prompt::
+
+        tokens = [12, 9, 4, 5, 6]    cu_seqlens = [0, 4, 7]    row_places = [0, 1, 2, 3, 0, 1, 4]    predicting = [1, 2, 1]
 
     The state at `predicting[r]` (the place t - 1) predicts the response token `targets[r]` (at place t).
     """
 
     rows: IntArray  # int64 [n], the rows of the batch they came from
-    tokens: Tensor  # int64 [T]
-    position_ids: Tensor  # int64 [T]
-    cu_seqlens: Tensor  # int32 [n + 1]
+    tokens: Tensor  # int64 [P]
+    position_ids: Tensor  # int64 [P]
+    cu_seqlens: Tensor  # int32 [n + 1], cumulative lengths of the rows
+    row_places: Tensor  # int64 [T], row after row: the packed place of each of its tokens
     max_seqlen: int
     total_lengths: list[int]
     response_lengths: list[int]
@@ -50,7 +60,13 @@ class PackedBatch:
         return flat[self.response_places.to(flat.device)].to(self.tokens.device)
 
 
-def pack(batch: TrainBatch, rows: Sequence[int] | IntArray, *, device: torch.device | str = "cpu") -> PackedBatch:
+def pack(
+    batch: TrainBatch,
+    rows: Sequence[int] | IntArray,
+    *,
+    device: torch.device | str = "cpu",
+    share_prompts: bool = False,
+) -> PackedBatch:
     """Lay out the given rows of `batch` for one forward pass."""
     rows = np.asarray(rows, dtype=np.int64)
     total_lengths, response_lengths = batch.total_lengths[rows], batch.response_lengths[rows]
@@ -63,20 +79,41 @@ def pack(batch: TrainBatch, rows: Sequence[int] | IntArray, *, device: torch.dev
     responding = np.arange(int(response_lengths.sum()), dtype=np.int64) + np.repeat(shift, response_lengths)
     places = places_of(batch.response_offsets, rows)
 
+    row_places, kept = _places(tokens, cu_seqlens, total_lengths - response_lengths, share_prompts)
+
     def put(array: np.typing.NDArray[np.int64] | np.typing.NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     return PackedBatch(
         rows=rows,
-        tokens=put(tokens),
-        position_ids=put(position_ids),
+        tokens=put(tokens[kept]),
+        position_ids=put(position_ids[kept]),
         cu_seqlens=put(cu_seqlens.astype(np.int32)),
+        row_places=put(row_places),
         max_seqlen=int(total_lengths.max(initial=0)),
         total_lengths=total_lengths.tolist(),
         response_lengths=response_lengths.tolist(),
-        predicting=put(responding - 1),
+        predicting=put(row_places[responding - 1]),
         targets=put(tokens[responding]),
         sample_ids=put(np.repeat(np.arange(len(rows), dtype=np.int64), response_lengths)),
         loss_mask=put(batch.loss_masks[places]),
         response_places=put(places),
     )
+
+
+def _places(
+    tokens: IntArray, cu_seqlens: IntArray, prompt_lengths: IntArray, share_prompts: bool
+) -> tuple[IntArray, IntArray]:
+    """The packed place of each token [T], and which tokens are packed [P], ascending."""
+    own = np.arange(len(tokens), dtype=np.int64)
+    if not share_prompts:
+        return own, own
+    source, keep = own.copy(), np.ones(len(tokens), dtype=np.bool_)
+    first_with: dict[bytes, int] = {}
+    for start, length in zip(cu_seqlens[:-1].tolist(), prompt_lengths.tolist()):
+        first = first_with.setdefault(tokens[start : start + length].tobytes(), start)
+        if first != start:
+            source[start : start + length] = np.arange(first, first + length)
+            keep[start : start + length] = False
+    place = np.cumsum(keep) - 1
+    return place[source], own[keep]

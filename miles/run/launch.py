@@ -173,6 +173,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         Display(num_rollout, config.run.progress, done=start_rollout_id, quiet=config.run.quiet)
     )
     watch = Watch(config, hooks, record, display, clock, num_rollout)
+    host.forget_imports()
     _announce(config, record, display, checkpoint, start_rollout_id)
     return Run(config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch)
 

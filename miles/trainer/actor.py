@@ -202,7 +202,9 @@ class TrainActor:
             parts = by_tokens(rows, shard.total_lengths, budget, name_of=shard.name_of)
         else:
             parts = by_count(rows, shard.total_lengths, data.micro_batch_size)
-        return [pack(shard, part, device=self.backend.device) for part in parts]
+        # Custom losses get logits of every row in full: the published layout.
+        share = self.settings.loss_type != "custom_loss"
+        return [pack(shard, part, device=self.backend.device, share_prompts=share) for part in parts]
 
     # ---- an optimizer step ---------------------------------------------------------------------------------------
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import base64
 from argparse import Namespace
+from functools import lru_cache
 from typing import Any
 
 from miles.rollout.tokenizer import encode_image_for_rollout_engine
 from miles.types import Sample
+
+PROMPTS_KEPT = 256
 
 
 def compute_prompt_ids_from_sample(state: Any, sample: Sample, tools: list[dict[str, Any]] | None = None) -> list[int]:
@@ -28,7 +31,13 @@ def compute_prompt_ids_from_sample(state: Any, sample: Sample, tools: list[dict[
         encoded.pop("attention_mask", None)
         sample.multimodal_train_inputs = encoded or None
         return list(ids)
-    return state.tokenizer.encode(prompt, add_special_tokens=False)
+    return list(_encoded(state.tokenizer, prompt))
+
+
+@lru_cache(maxsize=PROMPTS_KEPT)
+def _encoded(tokenizer: Any, prompt: str) -> tuple[int, ...]:
+    """The samples of a group ask for the same prompt one after the other."""
+    return tuple(tokenizer.encode(prompt, add_special_tokens=False))
 
 
 def compute_request_payload(

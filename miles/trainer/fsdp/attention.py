@@ -1,8 +1,9 @@
 """Attention over packed rows for Hugging Face models: no token attends to another sample, and padding costs nothing.
 
-The model runs on `[1, T]` packed tokens, so its linear layers see no padding. Only inside attention are the rows laid
-out as `[n, S]`, padded at the end to the longest; with causal attention real tokens never look at that padding, so no
-mask is needed and PyTorch's fused kernel applies. Rows of one micro batch have similar lengths (`miles.batch.micro`).
+The model runs on `[1, P]` packed tokens, so its linear layers see no padding, and a prompt that several rows share
+only once (`miles.batch.pack`). Only inside attention are the rows laid out as `[n, S]`, padded at the end to the
+longest; with causal attention real tokens never look at that padding, so no mask is needed and PyTorch's fused kernel
+applies. Rows of one micro batch have similar lengths (`miles.batch.micro`).
 
 Registered under the name `miles_packed` in transformers' table of attention functions; the layout travels through the
 model's keyword arguments as `packing`.
@@ -25,43 +26,55 @@ NAME = "miles_packed"
 class Packing:
     """Where packed tokens stand in the padded layout.
 
-    Example, rows of 2 and 3 tokens: `to_padded = [0, 1, 0, 2, 3, 4]`, `to_packed = [0, 1, 3, 4, 5]`, rows=2, width=3
-    (the third entry of `to_padded` is padding and may point anywhere).
+    Example, rows [a b c] and [a b d] that share the prompt [a b], packed as [a b c d]: `to_padded = [0, 1, 2, 0, 1, 3]`,
+    `to_packed = [0, 1, 2, 5]`, `again = [3, 4]` (the second row's copy of the prompt), rows=2, width=3.
     """
 
-    to_padded: Tensor  # int64 [rows * width], packed position of each padded place
-    to_packed: Tensor  # int64 [T], padded place of each packed position
+    to_padded: Tensor  # int64 [rows * width], packed place at each padded place; anything at padding
+    to_packed: Tensor  # int64 [P], the padded place whose query is computed for each packed place
+    again: Tensor  # int64, padded places that hold a token which stands in an earlier row
     rows: int
     width: int
 
     @staticmethod
-    def of(cu_seqlens: Tensor) -> Packing:
-        """From the cumulative lengths int32 [rows + 1] that start with 0."""
+    def of(cu_seqlens: Tensor, row_places: Tensor) -> Packing:
+        """From the rows' cumulative lengths int32 [rows + 1] and the packed places of their tokens int64 [T]."""
         starts = cu_seqlens[:-1].long()
         lengths = cu_seqlens[1:].long() - starts
         rows, width = len(lengths), int(lengths.max())
         columns = torch.arange(width, device=cu_seqlens.device)
-        real = columns < lengths[:, None]
-        to_padded = torch.where(real, starts[:, None] + columns, 0).flatten()
-        return Packing(to_padded, real.flatten().nonzero().squeeze(1), rows, width)
+        real = (columns < lengths[:, None]).flatten()
+        padded_places = real.nonzero().squeeze(1)
+        to_padded = torch.zeros(rows * width, dtype=torch.int64, device=cu_seqlens.device)
+        to_padded[padded_places] = row_places
+        num_packed = int(row_places.max()) + 1
+        # A place is first met where it raises the running maximum: packed places are numbered in order of appearance.
+        first = torch.ones_like(row_places, dtype=torch.bool)
+        first[1:] = row_places[1:] > row_places.cummax(0).values[:-1]
+        to_packed = padded_places[first]
+        assert len(to_packed) == num_packed
+        return Packing(to_padded, to_packed, padded_places[~first], rows, width)
 
 
 class _Pad(torch.autograd.Function):
-    """[T, C] -> [rows * width, C]. Places of padding hold some real row; their gradient is exactly zero."""
+    """[P, C] -> [rows * width, C]. Places of padding hold some real token; their gradient is exactly zero."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, to_padded: Tensor, to_packed: Tensor) -> Tensor:
-        ctx.save_for_backward(to_packed)
-        return x.index_select(0, to_padded)
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return x.index_select(0, packing.to_padded)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (to_packed,) = ctx.saved_tensors
-        return grad.index_select(0, to_packed), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        packing: Packing = ctx.packing
+        packed = grad.index_select(0, packing.to_packed)
+        if len(packing.again):
+            packed.index_add_(0, packing.to_padded[packing.again], grad.index_select(0, packing.again))
+        return packed, None
 
 
 class _Unpad(torch.autograd.Function):
-    """[rows * width, C] -> [T, C]."""
+    """[rows * width, C] -> [P, C]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, to_packed: Tensor) -> Tensor:
@@ -89,13 +102,13 @@ def packed_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, d], key and value [1, H_kv, T, d] -> ([1, T, H, d], None)."""
+    """query [1, H, P, d], key and value [1, H_kv, P, d] -> ([1, P, H, d], None)."""
     heads = query.shape[1]
 
     def padded(x: Tensor) -> Tensor:
         _, h, _, d = x.shape
         flat = x.transpose(1, 2).reshape(-1, h * d)
-        laid_out = _Pad.apply(flat, packing.to_padded, packing.to_packed)
+        laid_out = _Pad.apply(flat, packing)
         return laid_out.view(packing.rows, packing.width, h, d).transpose(1, 2)
 
     window = None

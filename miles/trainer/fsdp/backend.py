@@ -68,7 +68,7 @@ class FsdpBackend:
             input_ids=micro.tokens[None],
             position_ids=micro.position_ids[None],
             use_cache=False,
-            packing=Packing.of(micro.cu_seqlens),
+            packing=Packing.of(micro.cu_seqlens, micro.row_places),
         )
         return ModelOutput(out.last_hidden_state[0], self.model.get_output_embeddings().weight)
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from miles.errors import CheckpointError
-from miles.trainer.fsdp import attention
+from miles.trainer.fsdp import attention, norm
 
 
 def load_model(folder: str, *, dtype: torch.dtype, gradient_checkpointing: bool) -> PreTrainedModel:
@@ -41,6 +41,7 @@ def load_model(folder: str, *, dtype: torch.dtype, gradient_checkpointing: bool)
             f"--hf-checkpoint {folder}: {type(model).__name__} has no plain output projection. Expected a causal "
             "language model such as Llama, Qwen2 or Qwen3."
         )
+    norm.use_in(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
