@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from miles.config import RunConfig
 from miles.config.dump import as_yaml, resolved
 from miles.engine.client import EngineClient, LocalEngineClient
-from miles.engine.embedded.engine import EmbeddedEngine, end_of_sequence_ids
+from miles.engine.embedded.engine import EmbeddedEngine, end_of_sequence_ids, in_passing_thread
 from miles.engine.embedded.model import load_config
 from miles.hooks import Hooks
 from miles.observe.display import Display
@@ -127,10 +126,8 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         torch.use_deterministic_algorithms(True)
     backend = None
     if not config.debug.debug_rollout_only:
-        # In a thread that ends: its OpenMP team goes with it, and the engine's stays the only one.
-        with ThreadPoolExecutor(1) as loading:
-            folder = str(config.rollout.hf_checkpoint)
-            backend = loading.submit(FsdpBackend, folder, config.train, config.optimizer).result()
+        folder = str(config.rollout.hf_checkpoint)
+        backend = in_passing_thread(lambda: FsdpBackend(folder, config.train, config.optimizer))
     engine, client = _start_engine(config, args, backend, stack)
     context.install(None if client is None else context.RunContext(hooks=hooks, client=client, seeds_each_sample=True))
     stack.callback(context.install, None)
@@ -196,14 +193,21 @@ def _start_engine(
         "context_length": config.engine.sglang_context_length,
         "seed": config.run.seed,
     }
-    if backend is None:
-        engine = EmbeddedEngine.from_folder(folder, **options)
-    else:
+
+    def build() -> EmbeddedEngine:
+        if backend is None:
+            return EmbeddedEngine.from_folder(folder, **options)
         tokenizer, hf_config = load_tokenizer(folder, trust_remote_code=True), load_config(folder)
-        eos = end_of_sequence_ids(hf_config, tokenizer, folder)
-        engine = EmbeddedEngine(
-            hf_config, backend.weights(), tokenizer, eos_token_ids=eos, model_path=folder, **options
+        return EmbeddedEngine(
+            hf_config,
+            backend.weights(),
+            tokenizer,
+            eos_token_ids=end_of_sequence_ids(hf_config, tokenizer, folder),
+            model_path=folder,
+            **options,
         )
+
+    engine = in_passing_thread(build)
     stack.callback(engine.close)
     address = stack.enter_context(serve.on_loopback(engine, config.engine.sglang_router_port))
     args.sglang_router_ip, args.sglang_router_port = address

@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -395,6 +395,16 @@ class EmbeddedEngine:
         with self._inbox_filled:
             self._settled, self._home_stuck = True, False
             self._inbox_filled.notify()
+
+
+def in_passing_thread(build: Callable[[], T]) -> T:
+    """Run `build` in a thread that ends with it.
+
+    OpenMP keeps a team of workers for every thread that has computed. A team too many and all of them sleep between
+    operations; a thread that ends takes its team along, and the engine's stays the only one.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="miles-load") as threads:
+        return threads.submit(build).result()
 
 
 @dataclass(eq=False)

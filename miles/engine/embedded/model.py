@@ -98,24 +98,23 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
+    """Projections that read the same input are one matrix: at the sizes of a decode step, calls cost more than FLOPs."""
+
     input_norm: Tensor  # [C]
-    q: Linear
-    k: Linear
-    v: Linear
-    q_norm: Tensor | None  # [D], Qwen3
-    k_norm: Tensor | None  # [D], Qwen3
+    qkv: Linear  # [(H + 2K) * D, C]
+    qk_norm: Tensor | None  # [H + K, D], Qwen3: the norm weight of each head
     o: Linear
     post_norm: Tensor  # [C]
-    gate: Linear
-    up: Linear
+    gate_up: Linear  # [2F, C]
     down: Linear
 
 
 class DecoderModel:
-    """`load` points the model at tensors; `forward` and `logits` compute with whatever they hold at that moment.
+    """`load` takes over tensors; `forward` and `logits` compute with them.
 
-    A trainer that changes its parameters in place changes what the engine computes from the next step on: a run that
-    trains and generates at the same time must load a copy.
+    Embedding, output projections and norms are referred to, joined projections are copied: after a trainer has changed
+    its parameters in place, `load` has to be called again before the next step, and a run that trains and generates at
+    the same time must load copies.
     """
 
     def __init__(self, hf_config: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -125,7 +124,7 @@ class DecoderModel:
         self.load(tensors)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refer to `tensors` (Hugging Face names) from now on. CheckpointError names what is missing or misshapen."""
+        """Compute with `tensors` (Hugging Face names) from now on. CheckpointError names what is missing or misshapen."""
         shape, take = self.shape, _Taker(tensors)
         c = shape.hidden_size
         embed = take("model.embed_tokens.weight", (shape.vocab_size, c))
@@ -156,20 +155,19 @@ class DecoderModel:
         for i, layer in enumerate(self.layers):
             qkv = self._qkv(layer, F.rms_norm(x, size, layer.input_norm, eps), cos, sin)
             x = layer.o.added_to(x, attend(i, qkv).flatten(1))
-            y = F.rms_norm(x, size, layer.post_norm, eps)
-            y = F.silu(layer.gate(y), inplace=True).mul_(layer.up(y))
-            x = layer.down.added_to(x, y)
+            gate, up = layer.gate_up(F.rms_norm(x, size, layer.post_norm, eps)).chunk(2, 1)
+            x = layer.down.added_to(x, F.silu(gate).mul_(up))
         return F.rms_norm(x, size, self.final_norm, eps)
 
     def _qkv(self, layer: Layer, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[N, C] -> rotated queries, rotated keys and values in one tensor [N, H + 2K, D]."""
         h, k, d = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
-        query, key, value = layer.q(y), layer.k(y), layer.v(y)
-        if layer.q_norm is not None:
-            query = F.rms_norm(query.view(-1, h, d), (d,), layer.q_norm, self.shape.norm_eps).flatten(1)
-            key = F.rms_norm(key.view(-1, k, d), (d,), layer.k_norm, self.shape.norm_eps).flatten(1)
-        qkv = torch.cat((query, key, value), 1).view(-1, h + 2 * k, d)
+        qkv = layer.qkv(y).view(-1, h + 2 * k, d)
         rotated = qkv.narrow(1, 0, h + k)
+        if layer.qk_norm is not None:
+            scale = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True, dtype=torch.float32)
+            scale.square_().div_(d).add_(self.shape.norm_eps).rsqrt_()
+            rotated.mul_(scale).mul_(layer.qk_norm)
         swapped = torch.roll(rotated, d // 2, -1)
         rotated.mul_(cos).addcmul_(swapped, sin)
         return qkv
@@ -203,9 +201,19 @@ class _Taker:
             )
         return tensor
 
-    def linear(self, name: str, out_features: int, in_features: int) -> Linear:
-        weight = self(f"{name}.weight", (out_features, in_features))
-        bias = self(f"{name}.bias", (out_features,)) if f"{name}.bias" in self else None
+    def linear(self, name: str, *parts: tuple[str, int], in_features: int) -> Linear:
+        """The projections `<name>.<part>` of one input, each (part, out_features), as one."""
+        weights = [self(f"{name}.{part}.weight", (out, in_features)) for part, out in parts]
+        biased = [f"{name}.{part}.bias" in self for part, _ in parts]
+        bias = None
+        if any(biased):
+            bias = torch.cat(
+                [
+                    self(f"{name}.{part}.bias", (out,)) if has else weight.new_zeros(out)
+                    for (part, out), has, weight in zip(parts, biased, weights)
+                ]
+            )
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         return Linear(weight, weight.t(), bias)
 
 
@@ -214,19 +222,20 @@ def _read_layer(take: _Taker, name: str, shape: DecoderShape) -> Layer:
     wide, narrow = shape.num_heads * d, shape.num_kv_heads * d
     gate_name = f"{name}.mlp.gate_proj.weight"
     ffn = take.tensors[gate_name].shape[0] if gate_name in take else 0
-    normed = f"{name}.self_attn.q_norm.weight" in take
+    qk_norm = None
+    if f"{name}.self_attn.q_norm.weight" in take:
+        each = [take(f"{name}.self_attn.{part}_norm.weight", (d,)) for part in ("q", "k")]
+        qk_norm = torch.cat([each[0].expand(shape.num_heads, d), each[1].expand(shape.num_kv_heads, d)])
     return Layer(
         input_norm=take(f"{name}.input_layernorm.weight", (c,)),
-        q=take.linear(f"{name}.self_attn.q_proj", wide, c),
-        k=take.linear(f"{name}.self_attn.k_proj", narrow, c),
-        v=take.linear(f"{name}.self_attn.v_proj", narrow, c),
-        q_norm=take(f"{name}.self_attn.q_norm.weight", (d,)) if normed else None,
-        k_norm=take(f"{name}.self_attn.k_norm.weight", (d,)) if normed else None,
-        o=take.linear(f"{name}.self_attn.o_proj", c, wide),
+        qkv=take.linear(
+            f"{name}.self_attn", ("q_proj", wide), ("k_proj", narrow), ("v_proj", narrow), in_features=c
+        ),
+        qk_norm=qk_norm,
+        o=take.linear(f"{name}.self_attn", ("o_proj", c), in_features=wide),
         post_norm=take(f"{name}.post_attention_layernorm.weight", (c,)),
-        gate=take.linear(f"{name}.mlp.gate_proj", ffn, c),
-        up=take.linear(f"{name}.mlp.up_proj", ffn, c),
-        down=take.linear(f"{name}.mlp.down_proj", c, ffn),
+        gate_up=take.linear(f"{name}.mlp", ("gate_proj", ffn), ("up_proj", ffn), in_features=c),
+        down=take.linear(f"{name}.mlp", ("down_proj", c), in_features=ffn),
     )
 
 

@@ -25,7 +25,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from miles import __version__
 from miles.engine.client import generate_json
-from miles.engine.embedded.engine import EmbeddedEngine
+from miles.engine.embedded.engine import EmbeddedEngine, in_passing_thread
 from miles.engine.protocol import BadRequestError, GenerateRequest, Json, SamplingParams
 from miles.errors import EngineError, FlagError, UsageError
 
@@ -286,13 +286,15 @@ def main(argv: Sequence[str]) -> int:
 def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     import torch
 
-    engine = EmbeddedEngine.from_folder(
-        options.model,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        device=options.device,
-        max_running_requests=options.max_running_requests,
-        max_total_tokens=options.max_total_tokens,
-        seed=options.seed,
+    engine = in_passing_thread(
+        lambda: EmbeddedEngine.from_folder(
+            options.model,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            device=options.device,
+            max_running_requests=options.max_running_requests,
+            max_total_tokens=options.max_total_tokens,
+            seed=options.seed,
+        )
     )
     host, port = listener.getsockname()[:2]
     print(f"Serving {options.model} at http://{host}:{port} (stop with Ctrl-C)", flush=True)
