@@ -150,6 +150,11 @@ class RunRecord:
         write_keeping_old(self.path / "config.yaml", as_yaml)
         write_keeping_old(self.path / "config.json", dumps(to_jsonable(without_secrets(resolved)), indent=2) + "\n")
 
+    def prepare(self) -> None:
+        """Import the Parquet writer in the background now, and not while the first rollout is being trained on."""
+        with self._mutex:
+            self._submit(_import_writer)
+
     def write_versions(self, plugins: Mapping[str, Any] | None = None) -> None:
         """`versions.json`; `plugins` holds what identifies the plug-ins' sources, see `versions.source_hashes`."""
         with self._mutex:
@@ -271,6 +276,10 @@ class RunRecord:
 
 def _write_rows(path: Path, rows: list[rollout_file.Row]) -> None:
     write_atomically(path, bytes(rollout_file.encode(rows)))
+
+
+def _import_writer() -> None:
+    import pyarrow.parquet  # noqa: F401
 
 
 def _write_versions(path: Path, plugins: dict[str, Any]) -> None:

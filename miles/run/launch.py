@@ -114,6 +114,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         configure_logger()
     checkpoint = resume.find(config.checkpoint.load)
     record = stack.enter_context(_open_record(config, resuming=checkpoint is not None))
+    record.prepare()
     record.write_config(as_yaml(config), resolved(config, args))
     record.write_versions(hooks.sources())
     hooks.set_bundle_dir(record.path / "failures")

@@ -38,8 +38,12 @@ def test_padding_is_at_the_end_of_shorter_rows() -> None:
     assert packing.again.tolist() == []
 
 
+@pytest.mark.parametrize("short_rows", [0, 64])
 @pytest.mark.parametrize("window", [None, 4])
-def test_equals_attention_row_by_row_with_gradients(window: int | None) -> None:
+def test_equals_attention_row_by_row_with_gradients(
+    window: int | None, short_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SHORT_ROWS", short_rows)
     torch.manual_seed(0)
     total = sum(LENGTHS)
     q, k, v = (torch.randn(1, h, total, 8, dtype=torch.double, requires_grad=True) for h in (4, 2, 2))
