@@ -49,7 +49,7 @@ class Watch(TrainerCallback):
     """Notes the end of the first optimizer step and the mean reward of each rollout."""
 
     first_step_s: float | None = None
-    rewards: list[float] = []
+    rewards: tuple[float, ...] = ()
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 1:
@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         if "reward" in (logs or {}):
-            Watch.rewards.append(logs["reward"])
+            Watch.rewards += (logs["reward"],)
 
 
 def main() -> None:

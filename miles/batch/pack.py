@@ -33,7 +33,8 @@ class PackedBatch:
 
     and rows [12, 9, 4, 5] and [12, 9, 6] with a shared prompt::
 
-        tokens = [12, 9, 4, 5, 6]    cu_seqlens = [0, 4, 7]    row_places = [0, 1, 2, 3, 0, 1, 4]    predicting = [1, 2, 1]
+        tokens = [12, 9, 4, 5, 6]    cu_seqlens = [0, 4, 7]    predicting = [1, 2, 1]
+        row_places = [0, 1, 2, 3, 0, 1, 4]
 
     The state at `predicting[r]` (the place t - 1) predicts the response token `targets[r]` (at place t).
     """

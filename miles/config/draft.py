@@ -26,6 +26,8 @@ class Draft:
         self.extras: dict[str, Any] = {}
         self.eval_datasets: list[Any] = []
         self.notices: list[str] = []
+        # Plug points that a plug-in of the run declares itself: it calls them, whatever the core does.
+        self.claimed: set[str] = set()
         self.substitutions: dict[str, str] = {}
 
     def __getitem__(self, name: str) -> Any:

@@ -85,7 +85,7 @@ def _read_all(draft: Draft, parser: Parser, argv: Sequence[str]) -> None:
     own, _ = passthrough.split(argv, parser.options)
     early, _ = parser.parse_known_args(own)
     entries = _file_entries(getattr(early, "config", None))
-    _extend(parser, early, entries)
+    draft.claimed = _extend(parser, early, entries)
 
     rest, passed = passthrough.split(argv, parser.options)
     defaults, required = take_defaults(parser)
@@ -103,8 +103,8 @@ def _read_all(draft: Draft, parser: Parser, argv: Sequence[str]) -> None:
         raise FlagError(", ".join(missing), given="required by a plug-in, but not given.")
 
 
-def _extend(parser: Parser, early: Namespace, entries: list[Entry]) -> None:
-    """Let the plug-ins that file and command line name add their options."""
+def _extend(parser: Parser, early: Namespace, entries: list[Entry]) -> set[str]:
+    """Let the plug-ins that file and command line name add their options; the plug points that they declare anew."""
     by_name = {entry.key: entry for entry in entries}
     paths: dict[str, Any] = {}
     for flag in flags_of(SECTIONS["hooks"]):
@@ -115,6 +115,7 @@ def _extend(parser: Parser, early: Namespace, entries: list[Entry]) -> None:
     ours = parser.actions
     extend_parser(parser, paths)
     refuse_redeclared(parser, ours)
+    return {action.dest for option, action in parser.actions.items() if action is not ours.get(option, action)}
 
 
 def _file_entries(path: str | None) -> list[Entry]:

@@ -81,7 +81,7 @@ def apply_statuses(draft: Draft) -> None:
     refused: list[str] = []
     for name, flag in FLAGS.items():
         value, status = draft[name], flag.status
-        if not draft.given(name) or not status.applies_to(value, flag.default):
+        if not draft.given(name) or name in draft.claimed or not status.applies_to(value, flag.default):
             continue
         shown = flag.option if flag.is_switch else f"{flag.option} {value}"
         if status.kind == "not_built":

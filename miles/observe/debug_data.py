@@ -62,7 +62,7 @@ def write_torch(path: Path, data: Any, *, flag: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What `weights_only` reads back: numpy arrays and failures become tensors and dicts, unknown objects their text."""
+    """What `weights_only` reads back: arrays become tensors, failures dicts, unknown objects their text."""
     import numpy as np
 
     if value is None or isinstance(value, bool | int | float | str | torch.Tensor):

@@ -1,7 +1,8 @@
 """What the rollout code of this process reaches beside its `args`: the run's plug-ins and the way to the engines.
 
-Published helpers (`GenerateState(args)`, `generate_and_rm(args, ...)`) receive nothing but `args`, so a run installs its
-context here, once per process; outside a run (a notebook, a plug-in's own test) one is made from `args` on first use.
+Published helpers (`GenerateState(args)`, `generate_and_rm(args, ...)`) receive nothing but `args`, so a run installs
+its context here, once per process; outside a run (a notebook, a plug-in's own test) one is made from `args` on first
+use.
 """
 
 from __future__ import annotations

@@ -59,12 +59,20 @@ class AsyncLoopThread:
             )
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
         running: list[asyncio.Task[T]] = []
-        self.loop.call_soon_threadsafe(self._start, coro, done, running)
+
+        def cancel() -> None:
+            if running:
+                running[0].cancel()
+            else:  # interrupted before it was handed over
+                coro.close()
+                done.cancel()
+
         try:
+            self.loop.call_soon_threadsafe(self._start, coro, done, running)
             return done.result()
         except BaseException:
             if not done.done():
-                self.loop.call_soon_threadsafe(lambda: running[0].cancel())
+                self.loop.call_soon_threadsafe(cancel)
                 concurrent.futures.wait([done], timeout=CANCEL_GRACE_S)
             raise
 

@@ -27,6 +27,6 @@ def keep_freed_memory() -> None:
 def forget_imports() -> None:
     """Exempt everything that exists from garbage collection: what imports left is never garbage.
 
-    Without it every full collection walks through a few hundred thousand such objects, a tenth of a second now and then.
+    Without it every full collection walks through a few hundred thousand such objects: a tenth of a second each.
     """
     gc.freeze()

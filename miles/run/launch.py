@@ -38,7 +38,7 @@ from miles.rollout import context
 from miles.rollout.tokenizer import load_tokenizer
 from miles.run import host, resume, serve
 from miles.run.manager import RolloutManager
-from miles.run.roles import EngineThread, RolloutRole, RoleThread, TrainRole
+from miles.run.roles import EngineThread, RoleThread, RolloutRole, TrainRole
 from miles.run.watch import Watch
 from miles.trainer.actor import TrainActor
 from miles.trainer.fsdp.backend import FsdpBackend

@@ -55,7 +55,8 @@ logger = logging.getLogger(__name__)
 class RolloutReport:
     """One rollout, ready to be trained.
 
-    `shards` has one entry per data-parallel rank, `global_batch_size` counts over all of them. `seconds` is the time of the rollout function alone.
+    `shards` has one entry per data-parallel rank, `global_batch_size` counts over all of them. `seconds` is the time of
+    the rollout function alone.
     """
 
     rollout_id: int

@@ -95,8 +95,8 @@ class TrainActor:
         steps = step_rows(len(shard), global_batch_size // self.backend.parallel.dp_size)
         if not steps:
             raise UsageError(
-                f"--global-batch-size: {len(shard)} samples fill no optimizer step of {global_batch_size}. Lower it, or "
-                "leave out --disable-rollout-trim-samples."
+                f"--global-batch-size: {len(shard)} samples fill no optimizer step of {global_batch_size}. Lower it, "
+                "or leave out --disable-rollout-trim-samples."
             )
         self._prepare(rollout_id, shard, steps)
         prepared = time.perf_counter()

@@ -98,7 +98,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layer:
-    """Projections that read the same input are one matrix: at the sizes of a decode step, calls cost more than FLOPs."""
+    """Projections that read the same input are one matrix: in a decode step, calls cost more than their FLOPs."""
 
     input_norm: Tensor  # [C]
     qkv: Linear  # [(H + 2K) * D, C]
@@ -124,7 +124,7 @@ class DecoderModel:
         self.load(tensors)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compute with `tensors` (Hugging Face names) from now on. CheckpointError names what is missing or misshapen."""
+        """Compute with `tensors` (Hugging Face names) from now on. CheckpointError names what does not fit."""
         shape, take = self.shape, _Taker(tensors)
         c = shape.hidden_size
         embed = take("model.embed_tokens.weight", (shape.vocab_size, c))

@@ -1,4 +1,4 @@
-"""`InferenceRolloutFn`, the rollout function as a class, and the coroutines of one sample under their published names."""
+"""`InferenceRolloutFn`, the rollout function as a class, and the coroutines of one sample under published names."""
 
 from __future__ import annotations
 

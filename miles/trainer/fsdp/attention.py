@@ -30,8 +30,8 @@ SHORT_ROWS = 64
 class Packing:
     """Where packed tokens stand in the padded layout.
 
-    Example, rows [a b c] and [a b d] that share the prompt [a b], packed as [a b c d]: `to_padded = [0, 1, 2, 0, 1, 3]`,
-    `to_packed = [0, 1, 2, 5]`, `again = [3, 4]` (the second row's copy of the prompt), rows=2, width=3.
+    Example, rows [a b c] and [a b d] that share the prompt [a b], packed as [a b c d]: `to_padded = [0, 1, 2, 0, 1,
+    3]`, `to_packed = [0, 1, 2, 5]`, `again = [3, 4]` (the second row's copy of the prompt), rows=2, width=3.
     """
 
     to_padded: Tensor  # int64 [rows * width], packed place at each padded place; anything at padding

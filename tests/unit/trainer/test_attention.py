@@ -1,4 +1,4 @@
-"""Packed attention: rows never see each other, gradients included, and a packed model equals separate forward passes."""
+"""Packed attention: rows never see each other, gradients included; a packed model equals separate forward passes."""
 
 import copy
 
