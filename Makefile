@@ -36,7 +36,7 @@ clean:
 # Made again only when what it is made from has changed.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "miles needs Python 3.11 or newer; found %s. Set PYTHON=/path/to/python3.11." % sys.version.split()[0])'
-	@echo "setting up $(VENV) (once)"
+	@echo "setting up $(VENV), once: a few minutes, most of them PyTorch"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

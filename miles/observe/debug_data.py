@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from miles.errors import DataError, RunDirError
+from miles.errors import CheckpointError, DataError, RunDirError
 from miles.types import Sample
 
 
@@ -58,6 +58,16 @@ def write_torch(path: Path, data: Any, *, flag: str) -> None:
         unfinished.unlink(missing_ok=True)
         raise RunDirError(
             f"{flag}: {path} cannot be written ({error}). Free some space, or name another place."
+        ) from error
+
+
+def read_torch(path: Path, *, flag: str) -> Any:
+    """What `write_torch` wrote; executes nothing that the file contains. CheckpointError for a damaged file."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{flag}: {path} cannot be read ({type(error).__name__}: {error}). Resume from an earlier checkpoint."
         ) from error
 
 

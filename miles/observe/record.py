@@ -5,7 +5,8 @@
       config.yaml, config.json  the resolved settings
       versions.json             Python, libraries, miles, git commit, plug-in sources
       metrics.jsonl             one JSON object per logged step, written through line by line
-      rollouts/000017.parquet   the samples of rollout 17; rollouts/eval_000017_<name>.parquet an evaluation's
+      rollouts/000017.parquet   the samples of rollout 17
+      rollouts/eval_000018_<name>.parquet   the samples of an evaluation after 18 rollouts, that is after rollout 17
       summary.json              the numbers of the finished run
       superseded/run.<n>/       what a resumed run wrote anew: lines and rollouts after the checkpoint
       run.lock                  while a run is alive
@@ -16,7 +17,7 @@ waits for it only when it falls that far behind. An error there is raised by the
 waits for the queue; the run calls it before a checkpoint names a rollout as done.
 
 Each line of metrics.jsonl holds the metrics under their names and three keys of its own: `_time` (unix seconds),
-`_rollout_id` (absent where unknown) and `_non_finite`, which names the metrics that are null because they are NaN or
+`_rollout_id` (absent where unknown; of an evaluation the rollout that it follows, -1 before training) and `_non_finite`, which names the metrics that are null because they are NaN or
 infinite, e.g. `{"train/loss": "nan"}`.
 
 Leaves the numbers to `metrics` and `summary`, other trackers to `tracking`, columns to `rollout_file`.
@@ -60,11 +61,14 @@ MAX_PENDING = 2
 
 _OWN_FILES = ("schema.json", "config.yaml", "config.json", "versions.json", "metrics.jsonl", "summary.json")
 _ROLLOUTS = "rollouts"
-_ROLLOUT_NAME = re.compile(r"(?:eval_)?(\d+)(?:_.*)?\.parquet")
+_ROLLOUT_NAME = re.compile(r"(eval_)?(\d+)(?:_.*)?\.parquet")
 
 
 def rollout_file_name(rollout_id: int, evaluation: str | None = None) -> str:
-    """`000017.parquet`, or `eval_000017_<name>.parquet` with the characters that file names dislike replaced."""
+    """`000017.parquet`, or `eval_000017_<name>.parquet` with the characters that file names dislike replaced.
+
+    Rollouts count from 0. The number of an evaluation is how many rollouts came before it: 0 is before training.
+    """
     if evaluation is None:
         return f"{rollout_id:06d}.parquet"
     return f"eval_{rollout_id:06d}_{re.sub(r'[^A-Za-z0-9._-]', '_', evaluation)}.parquet"
@@ -192,7 +196,7 @@ class RunRecord:
         dropped: Iterable[Any] = (),
         evaluation: str | None = None,
     ) -> None:
-        """Record the samples of a rollout, or of the evaluation called `evaluation` after it.
+        """Record the samples of a rollout, or of the evaluation called `evaluation` after `rollout_id` rollouts.
 
         `samples` and `dropped` (generated, but not trained: the column `kept` is false) are samples or nested groups
         of them. They are copied before this returns.
@@ -202,6 +206,13 @@ class RunRecord:
         path = self.path / _ROLLOUTS / rollout_file_name(rollout_id, evaluation)
         with self._mutex:
             self._submit(_write_rows, path, rows)
+
+    def has_evaluation(self, done: int) -> bool:
+        """Whether an evaluation after `done` rollouts was logged."""
+        return any(
+            line.get("_rollout_id") == done - 1 and any(key.startswith("eval/") for key in line)
+            for line in read_metrics(self.path)
+        )
 
     def rewind(self, rollout_id: int) -> None:
         """Continue with `rollout_id`: what the record holds of it and of later rollouts moves to `superseded/run.<n>/`.
@@ -289,8 +300,11 @@ def _write_versions(path: Path, plugins: dict[str, Any]) -> None:
 
 
 def _rollout_id_of(path: Path) -> int:
+    """The rollout that a file is of; of an evaluation's file the one that it follows, -1 before training."""
     match = _ROLLOUT_NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
+    if match is None:
+        return -1
+    return int(match[2]) - (match[1] is not None)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -367,6 +381,8 @@ def read_rollouts(
     run_dir: str | Path, rollout_id: int, *, evaluation: str | None = None, kept_only: bool = False
 ) -> list[Sample]:
     """The samples of a rollout as they were recorded; `kept_only` leaves out the dropped ones.
+
+    With `evaluation`, those of the evaluation of that name after `rollout_id` rollouts (0: before training).
 
     Differences to the samples of the run: no media, log-probs rounded to float32, tensors in undeclared attributes as
     lists. Raises RunDirError when the rollout is not recorded.

@@ -14,6 +14,7 @@ The trainer, the engine and the manager share this process. On a cluster the sam
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,7 @@ from miles.observe.summary import RunClock
 from miles.observe.tracking import Tracker
 from miles.observe.tracking import install as install_tracker
 from miles.rollout import context
+from miles.rollout.singleton import SingletonMeta
 from miles.rollout.tokenizer import load_tokenizer
 from miles.run import host, resume, serve
 from miles.run.manager import RolloutManager
@@ -107,7 +109,7 @@ def start(config: RunConfig, args: Namespace, hooks: Hooks) -> Iterator[Run]:
 
 
 def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -> Run:
-    clock = RunClock()
+    clock, neighbours = RunClock(), host.BusyCores()
     if config.run.quiet or config.run.progress != "none":
         configure_logger(level=logging.WARNING)
     else:
@@ -120,11 +122,8 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     hooks.set_bundle_dir(record.path / "failures")
     tracker = stack.enter_context(Tracker.open(config.tracking, record, config=vars(args)))
     install_tracker(tracker)
-
-    host.keep_freed_memory()
-    resume.seed_everything(config.run.seed)
-    if config.train.deterministic_mode:
-        torch.use_deterministic_algorithms(True)
+    stack.callback(install_tracker, None)
+    _prepare_process(config, stack)
     backend = None
     if not config.debug.debug_rollout_only:
         folder = str(config.rollout.hf_checkpoint)
@@ -132,6 +131,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     engine, client = _start_engine(config, args, backend, stack)
     context.install(None if client is None else context.RunContext(hooks=hooks, client=client, seeds_each_sample=True))
     stack.callback(context.install, None)
+    stack.callback(SingletonMeta.clear_all_instances)  # the next run of this process has settings of its own
 
     start_rollout_id = config.checkpoint.start_rollout_id
     if start_rollout_id is None:
@@ -160,20 +160,34 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         if checkpoint is not None:
             meta = checkpoint.meta
             actor.restore(checkpoint.folder, weight_version=meta.weight_version, steps_done=meta.global_step)
-            manager.load(start_rollout_id - 1)
-            record.rewind(start_rollout_id)
-            resume.restore_rng(checkpoint.folder)
         trainer = TrainRole(actor, RoleThread("train") if engine is None else EngineThread(engine))
         stack.callback(trainer.close)
+    manager.load(start_rollout_id - 1)
+    if checkpoint is not None:
+        record.rewind(start_rollout_id)
+        resume.restore_rng(checkpoint.folder)
     rollout = RolloutRole(manager)
     stack.callback(rollout.close)
     display = stack.enter_context(
         Display(num_rollout, config.run.progress, done=start_rollout_id, quiet=config.run.quiet)
     )
     watch = Watch(config, hooks, record, display, clock, num_rollout)
+    watch.recall()
     host.forget_imports()
-    _announce(config, record, display, checkpoint, start_rollout_id)
+    crowded = host.crowding(torch.get_num_threads(), len(os.sched_getaffinity(0)), neighbours.others())
+    if crowded is not None:
+        display.notice(crowded)
+    _announce(config, record, display, checkpoint, start_rollout_id, num_rollout)
     return Run(config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch)
+
+
+def _prepare_process(config: RunConfig, stack: ExitStack) -> None:
+    """What holds for the whole process while the run lasts."""
+    host.keep_freed_memory()
+    resume.seed_everything(config.run.seed)
+    if config.train.deterministic_mode:
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        torch.use_deterministic_algorithms(True)
 
 
 def _open_record(config: RunConfig, *, resuming: bool) -> RunRecord:
@@ -216,7 +230,7 @@ def _start_engine(
 
 
 def _announce(
-    config: RunConfig, record: RunRecord, display: Display, checkpoint: resume.Checkpoint | None, start: int
+    config: RunConfig, record: RunRecord, display: Display, checkpoint: resume.Checkpoint | None, start: int, total: int
 ) -> None:
     if record.moved_aside is not None:
         display.notice(f"{record.path} held an earlier run, which is now {record.moved_aside}")
@@ -228,7 +242,9 @@ def _announce(
     for notice in config.notices:
         if notice not in config.substitutions.values():
             display.notice(notice)
-    if checkpoint is not None:
+    if checkpoint is not None and start >= total:
+        display.notice(f"{checkpoint.folder} has all {total} rollouts already. Raise --num-rollout to train on.")
+    elif checkpoint is not None:
         display.notice(f"resuming from {checkpoint.folder}: rollout {start} is next")
     elif config.checkpoint.load is not None:
         display.notice(f"--load {config.checkpoint.load} holds no checkpoint yet: starting from --hf-checkpoint")

@@ -72,9 +72,9 @@ class RolloutReport:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """`accuracy` is the mean reward per data set; `example` one sample of the first data set."""
+    """`accuracy` is the mean reward per data set after `done` rollouts; `example` one sample of the first data set."""
 
-    rollout_id: int
+    done: int
     accuracy: dict[str, float]
     metrics: dict[str, Any]
     example: Sample | None
@@ -184,14 +184,20 @@ class RolloutManager:
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
-    def eval(self, rollout_id: int) -> EvalReport | None:
-        """All evaluation data sets; None under `--debug-train-only`, where there is no engine."""
+    def eval(self, done: int) -> EvalReport | None:
+        """All evaluation data sets, after `done` rollouts; None under `--debug-train-only`, where there is no engine.
+
+        Plug-ins and metrics know an evaluation by the rollout that it follows; that before training counts as 0 there.
+        """
         if self.config.debug.debug_train_only:
             return None
+        rollout_id = max(done - 1, 0)
+        self.tracker.rollout_id = done - 1
+        self.hooks.begin_rollout()
         output = self.hooks.eval_function.run(self._eval_fn, RolloutFnEvalInput(rollout_id), run)
         assert isinstance(output, RolloutFnEvalOutput)
         if self.config.debug.save_debug_rollout_data:
-            everything = [s for d in output.data.values() for s in d["samples"]]
+            everything = [s for d in output.data.values() for s in d.get("samples", [])]
             debug_data.save(self.config.debug.save_debug_rollout_data, f"eval_{rollout_id}", everything)
         hook = self.hooks.custom_eval_rollout_log_function
         logged = M.eval_metrics(
@@ -207,10 +213,10 @@ class RolloutManager:
             self.tracker.log({**logged, "eval/step": step}, step_key="eval/step")
         for name, entry in output.data.items():
             if entry.get("samples"):
-                self.record.write_rollout(rollout_id, entry["samples"], evaluation=name)
+                self.record.write_rollout(done, entry["samples"], evaluation=name)
         first = next(iter(output.data.values()), {}).get("samples") or [None]
         accuracy = {name: logged[f"eval/{name}"] for name in output.data if f"eval/{name}" in logged}
-        return EvalReport(rollout_id, accuracy, logged, first[0])
+        return EvalReport(done, accuracy, logged, first[0])
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
@@ -229,11 +235,14 @@ class RolloutManager:
             debug_data.write_torch(path, state, flag="--save")
 
     def load(self, rollout_id: int) -> None:
+        """Continue after `rollout_id`; called once at every start, with -1 where nothing came before."""
         if self.config.data.rollout_global_dataset:
             self.data_source.load(rollout_id)
+        if self.args.load is None:
+            return
         path = _plug_in_state(self.args.load, rollout_id)
         if path.exists():
-            self.hooks.load_state_dict(torch.load(path, weights_only=True))
+            self.hooks.load_state_dict(debug_data.read_torch(path, flag="--load"))
 
     def num_rollout_per_epoch(self) -> int:
         return len(self.data_source.dataset) // self.config.data.rollout_batch_size

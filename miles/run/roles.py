@@ -77,8 +77,9 @@ class RolloutRole:
     async def generate(self, rollout_id: int) -> RolloutReport:
         return await self._thread.call(self.manager.generate, rollout_id)
 
-    async def evaluate(self, rollout_id: int) -> EvalReport | None:
-        return await self._thread.call(self.manager.eval, rollout_id)
+    async def evaluate(self, done: int) -> EvalReport | None:
+        """Evaluate the model after `done` rollouts."""
+        return await self._thread.call(self.manager.eval, done)
 
     async def save(self, rollout_id: int) -> None:
         await self._thread.call(self.manager.save, rollout_id)

@@ -7,8 +7,9 @@
         update        TrainRole.update_weights      waits for running requests, produces a weight version
         evaluate      when due
 
-Stopping: Ctrl-C finishes the rollout in progress, saves where `--save` is given and says how to resume; a second one
-stops at once and leaves the last checkpoint as it was.
+Stopping: Ctrl-C (or SIGTERM) finishes the rollout in progress, saves where `--save` is given and says how to resume; a
+second one stops at once and leaves the last checkpoint as it was. What would be lost anyway is cut short: an evaluation,
+which a resumed run makes up for, and the rollout of a run without `--save`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from miles.config import parse
 from miles.errors import RunStopped
@@ -29,8 +31,11 @@ from miles.run.periodic import should_run_periodic_action
 
 if TYPE_CHECKING:
     from miles.run.launch import Run
+    from miles.run.manager import RolloutReport
 
 T = TypeVar("T")
+
+NOTHING_SAVED = "Nothing was saved, because --save is not given."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,11 +48,25 @@ def main(argv: Sequence[str]) -> int:
         timeout_s=config.run.hook_timeout_s,
         error_budget=config.run.hook_error_budget,
     )
-    from miles.run.launch import start  # torch and all that is heavy
+    with terminated_as_interrupted():
+        from miles.run.launch import start  # torch and all that is heavy
 
-    with start(config, args, hooks) as run:
-        asyncio.run(Driver(run).train())
+        with start(config, args, hooks) as run:
+            asyncio.run(Driver(run).train())
     return 0
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM means what Ctrl-C means, also while the run is being built and taken apart."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Driver:
@@ -60,15 +79,11 @@ class Driver:
         self.num_rollout = run.num_rollout
 
     async def train(self) -> None:
-        run, config = self.run, self.config
+        run = self.run
         with self.stop.listening():
             if run.trainer is not None:
                 await run.trainer.update_weights()
-            if self.num_rollout == 0 and config.eval.eval_interval is not None:
-                await self._evaluate(0)
-            first = run.start_rollout_id == 0 and self.num_rollout > 0
-            if first and config.eval.eval_interval is not None and not config.eval.skip_eval_before_train:
-                await self._evaluate(-1)
+            await self._evaluate_at_start()
             for rollout_id in range(run.start_rollout_id, self.num_rollout):
                 await self._one(rollout_id)
             await self._finish()
@@ -77,7 +92,7 @@ class Driver:
         """One rollout: prompts to new weights."""
         run, begin = self.run, time.perf_counter()
         with run.clock.generation():
-            report = await self.stop.cancellable(run.rollout.generate(rollout_id))
+            report = await self._generate(rollout_id)
         trained, saved, saving_s = None, False, 0.0
         if run.trainer is not None:
             with run.clock.training():
@@ -88,26 +103,56 @@ class Driver:
             with run.clock.training():
                 await run.trainer.update_weights()
         run.watch.rollout_done(report, trained, time.perf_counter() - begin - saving_s)
-        if should_run_periodic_action(rollout_id, self.config.eval.eval_interval, self.per_epoch):
-            await self._evaluate(rollout_id)
+        if self._evaluation_due(rollout_id):
+            await self._evaluate(rollout_id + 1)
         if self.stop.requested:
             await self._stop_after(rollout_id, saved)
 
+    async def _generate(self, rollout_id: int) -> RolloutReport:
+        try:
+            return await self.stop.cancellable(self.run.rollout.generate(rollout_id), loses=self.stop.can_save)
+        except CutShort:
+            raise RunStopped(f"stopped in rollout {rollout_id}. {NOTHING_SAVED}") from None
+
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
-    async def _evaluate(self, rollout_id: int) -> None:
-        """Evaluate what `rollout_id` led to; -1 is the model before training, logged at step 0."""
+    def _evaluation_due(self, rollout_id: int) -> bool:
+        return should_run_periodic_action(rollout_id, self.config.eval.eval_interval, self.per_epoch)
+
+    async def _evaluate_at_start(self) -> None:
+        """The model before training; with `--num-rollout 0` the model as it is; after a resume what is still due."""
+        start, settings = self.run.start_rollout_id, self.config.eval
+        if settings.eval_interval is None:
+            return
+        if self.num_rollout == 0:
+            due = True
+        elif start == 0:
+            due = not settings.skip_eval_before_train
+        else:
+            due = self._evaluation_due(start - 1) and not self.run.record.has_evaluation(start)
+        if due:
+            await self._evaluate(start)
+        if self.stop.requested:
+            last = f" The last checkpoint in {self.config.checkpoint.load} is intact." if start > 0 else ""
+            raise RunStopped(f"stopped before rollout {start}; nothing had to be saved yet.{last}")
+
+    async def _evaluate(self, done: int) -> None:
+        """Evaluate the model after `done` rollouts, unless a stop request cuts it short."""
         with self.run.clock.excluded():
-            report = await self.stop.cancellable(self.run.rollout.evaluate(max(rollout_id, 0)))
+            try:
+                report = await self.stop.cancellable(self.run.rollout.evaluate(done), loses=False)
+            except CutShort:
+                return
         if report is not None:
-            self.run.watch.evaluated(rollout_id + 1, report)
+            self.run.watch.evaluated(done, report)
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
     async def _save_if_due(self, rollout_id: int) -> bool:
+        """With `--save` the last rollout is always saved, the others by `--save-interval`."""
         checkpoint = self.config.checkpoint
         due = should_run_periodic_action(rollout_id, checkpoint.save_interval, self.per_epoch, self.num_rollout)
-        if checkpoint.save is None or not due:
+        if checkpoint.save is None or not (due or rollout_id + 1 == self.num_rollout):
             return False
         await self._save(rollout_id)
         return True
@@ -117,14 +162,14 @@ class Driver:
             await self.run.save(rollout_id)
 
     async def _stop_after(self, rollout_id: int, saved: bool) -> None:
-        checkpoint = self.config.checkpoint
-        if self.run.trainer is None or checkpoint.save is None:
-            raise RunStopped(f"stopped after rollout {rollout_id}.")
+        if not self.stop.can_save:
+            raise RunStopped(f"stopped after rollout {rollout_id}. {NOTHING_SAVED}")
         if not saved:
             await self._save(rollout_id)
+        save = self.config.checkpoint.save
         raise RunStopped(
-            f"stopped after rollout {rollout_id}; everything is saved in {checkpoint.save}. Resume with the same "
-            f"command and --load {checkpoint.save}"
+            f"stopped after rollout {rollout_id}; everything is saved in {save}. Resume with the same command and "
+            f"--load {save}"
         )
 
     async def _finish(self) -> None:
@@ -134,6 +179,10 @@ class Driver:
         run.watch.finished()
 
 
+class CutShort(Exception):
+    """A stop request ended what was being waited for."""
+
+
 class StopRequest:
     """What Ctrl-C (and SIGTERM) asks for: the first stops at the next safe point, the second at once."""
 
@@ -141,10 +190,15 @@ class StopRequest:
         self.run, self.requested = run, False
         self._waiting: asyncio.Future[Any] | None = None
 
+    @property
+    def can_save(self) -> bool:
+        return self.run.trainer is not None and self.run.config.checkpoint.save is not None
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in signals}
         for number in signals:
             loop.add_signal_handler(number, self._received)
         try:
@@ -152,35 +206,38 @@ class StopRequest:
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
+                signal.signal(number, before[number])
 
     def _received(self) -> None:
-        save = self._save_folder
         if self.requested:
-            self.run.close_display()
-            where = f" The last checkpoint in {save} is intact." if save else ""
-            print(f"\nmiles: stopped at once; the rollout in progress is lost.{where}", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(RunStopped.exit_status)
+            self._stop_at_once()
         self.requested = True
-        if save is None:
-            self.run.watch.notice("stopping: nothing to save, because --save is not given")
-            if self._waiting is not None:
-                self._waiting.cancel()
-        else:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        if self.can_save:
             self.run.watch.notice("stopping after this rollout, with a checkpoint; Ctrl-C again stops at once")
+        else:
+            self.run.watch.notice("stopping; nothing can be saved, because --save is not given")
 
-    @property
-    def _save_folder(self) -> str | None:
-        return self.run.config.checkpoint.save if self.run.trainer is not None else None
+    def _stop_at_once(self) -> NoReturn:
+        self.run.close_display()
+        where = f" The last checkpoint in {self.run.config.checkpoint.save} is intact." if self.can_save else ""
+        print(f"\nmiles: stopped at once; the rollout in progress is lost.{where}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(RunStopped.exit_status)
 
-    async def cancellable(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work`, unless a stop request cuts it short, which it does where nothing could be saved anyway."""
-        self._waiting = asyncio.ensure_future(work)
+    async def cancellable(self, work: Coroutine[Any, Any, T], *, loses: bool) -> T:
+        """Await `work`. A stop request ends the wait with CutShort, unless that `loses` something."""
+        waiting = asyncio.ensure_future(work)
+        if not loses:
+            self._waiting = waiting
+            if self.requested:
+                waiting.cancel()
         try:
-            return await self._waiting
+            return await waiting
         except asyncio.CancelledError:
             if self.requested:
-                raise RunStopped("stopped. Nothing was saved, because --save is not given.") from None
+                raise CutShort from None
             raise
         finally:
             self._waiting = None

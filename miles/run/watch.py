@@ -10,7 +10,7 @@ from miles.observe.display import Display
 from miles.observe.metric_checker import MetricChecker
 from miles.observe.metrics import reward_value
 from miles.observe.plots import save_reward_png
-from miles.observe.record import RunRecord
+from miles.observe.record import RunRecord, read_metrics, read_summary
 from miles.observe.summary import RunClock, build_summary
 from miles.run.manager import EvalReport, RolloutReport
 from miles.trainer.actor import TrainReport
@@ -36,6 +36,25 @@ class Watch:
         self.eval_before: dict[str, float] | None = None
         self.eval_after: dict[str, float] | None = None
 
+    def recall(self) -> None:
+        """What the record knows of the rollouts before a resume: rewards and evaluations for curve and summary."""
+        names = [dataset.name for dataset in self.config.eval.eval_datasets]
+        for line in read_metrics(self.record.path):
+            rollout_id = line.get("_rollout_id", -1)
+            if "rollout/raw_reward" in line:
+                self.rewards.append((rollout_id, line["rollout/raw_reward"]))
+            accuracy = {name: line[f"eval/{name}"] for name in names if f"eval/{name}" in line}
+            if accuracy:
+                self._remember(rollout_id + 1, accuracy)
+
+    def _remember(self, done: int, accuracy: dict[str, float]) -> None:
+        if done == 0:
+            self.eval_before = accuracy
+        else:
+            self.eval_after = accuracy
+        for name, value in accuracy.items():
+            self.evals.setdefault(name, []).append((done, value))
+
     def notice(self, text: str) -> None:
         self.display.notice(text)
 
@@ -58,12 +77,7 @@ class Watch:
 
     def evaluated(self, done: int, report: EvalReport) -> None:
         """The model after `done` rollouts; 0 is the model before training."""
-        if done == 0:
-            self.eval_before = report.accuracy
-        else:
-            self.eval_after = report.accuracy
-        for name, value in report.accuracy.items():
-            self.evals.setdefault(name, []).append((done, value))
+        self._remember(done, report.accuracy)
         if self.checker is not None:
             self.checker.on_eval(report.metrics)
         title = "before training" if done == 0 else f"after rollout {done}"
@@ -79,19 +93,31 @@ class Watch:
     # ---- the end -------------------------------------------------------------------------------------------------
 
     def finished(self) -> None:
-        """Summary, curve and picture."""
-        summary = build_summary(
-            self.clock,
-            seed=self.config.run.seed,
-            eval_before=self.eval_before,
-            eval_after=self.eval_after,
-            hooks=self.hooks.stats(),
-            notices=self.config.notices,
-        )
-        self.record.write_summary(summary)
+        """Summary, curve and picture. A resume that found everything done keeps the summary of the run that did it."""
+        if self.clock.rollouts > 0 or read_summary(self.record.path) is None:
+            self.record.write_summary(self._summary())
         if self.rewards:
             steps, rewards = [float(i) for i, _ in self.rewards], [r for _, r in self.rewards]
             self.display.curve(steps, rewards)
             save_reward_png(self.record.path / "reward.png", steps, rewards, evals=self.evals)
         if self.checker is not None:
             self.checker.verdict()
+
+    def _summary(self) -> dict[str, Any]:
+        return build_summary(
+            self.clock,
+            seed=self.config.run.seed,
+            eval_before=self.eval_before,
+            eval_after=self.eval_after,
+            hooks=by_plug_point(self.hooks.stats()),
+            notices=self.config.notices,
+        )
+
+
+def by_plug_point(stats: dict[str, float]) -> dict[str, dict[str, float]]:
+    """`{"hooks/custom_rm/calls": 8, ...}` -> `{"custom_rm": {"calls": 8, ...}}`"""
+    nested: dict[str, dict[str, float]] = {}
+    for key, value in stats.items():
+        _, name, what = key.split("/")
+        nested.setdefault(name, {})[what] = value
+    return nested

@@ -92,18 +92,26 @@ def test_rewind_sets_later_rollouts_aside(tmp_path: Path) -> None:
         for rollout_id in range(4):
             run.log({"rollout/step": rollout_id, "try": 1}, rollout_id=rollout_id)
             run.write_rollout(rollout_id, [sample(rollout_id)])
+        for done in (0, 2, 4):
+            run.log({"eval/x": done}, rollout_id=done - 1)
+            run.write_rollout(done, [sample(done)], evaluation="x")
     with RunRecord(run_dir, resume=True) as run:
         run.rewind(2)
+        assert [run.has_evaluation(done) for done in range(5)] == [True, False, True, False, False]
         run.log({"rollout/step": 2, "try": 2}, rollout_id=2)
         run.write_rollout(2, [sample(200)])
         run.rewind(3)  # nothing to do
-    steps = [(line.get("rollout/step"), line.get("try")) for line in read_metrics(run_dir)]
+    lines = [line for line in read_metrics(run_dir) if "eval/x" not in line]
+    steps = [(line.get("rollout/step"), line.get("try")) for line in lines]
     assert steps == [(None, None), (0, 1), (1, 1), (2, 2)]
     assert recorded_rollouts(run_dir) == [0, 1, 2]
     assert read_rollouts(run_dir, 2)[0].index == 200
     (aside,) = (run_dir / "superseded").iterdir()
-    assert [json.loads(line)["rollout/step"] for line in (aside / "metrics.jsonl").read_text().splitlines()] == [2, 3]
-    assert sorted(path.name for path in (aside / "rollouts").iterdir()) == ["000002.parquet", "000003.parquet"]
+    superseded = [json.loads(line) for line in (aside / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("rollout/step", line.get("eval/x")) for line in superseded] == [2, 3, 4]
+    assert sorted(path.name for path in (aside / "rollouts").iterdir()) == [
+        "000002.parquet", "000003.parquet", "eval_000004_x.parquet",
+    ]  # fmt: skip
 
 
 def test_a_directory_that_this_run_reads_is_not_moved(tmp_path: Path) -> None:
