@@ -15,6 +15,7 @@ from miles.errors import FlagError
 from miles.hooks.bind import Hooks, bind
 from miles.hooks.call import Hook
 from miles.hooks.catalog import CATALOG, plug_point_named
+from miles.hooks.docs import customization_page
 from miles.hooks.point import PlugPoint, allowed_policies
 from miles.hooks.problems import form_text
 
@@ -83,12 +84,15 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def list_main(argv: Sequence[str]) -> int:
-    """`miles hooks [NAME]`: all plug points in a line each, or one in full."""
+    """`miles hooks [NAME]`: all plug points in a line each, or one in full; with --markdown, the page of the docs."""
     parser = argparse.ArgumentParser(prog="miles hooks", description="List the plug points of a run, or show one.")
     parser.add_argument("name", nargs="?", help="a plug point: custom-rm, custom_rm or --custom-rm-path")
+    parser.add_argument("--markdown", action="store_true", help="write docs/customization.md to standard output")
     # `--custom-rm-path` would be read as an option of this command.
     given = parser.parse_args([word.lstrip("-") if plug_point_named(word) else word for word in argv])
-    if given.name is None:
+    if given.markdown:
+        print(customization_page([known_point(given.name)] if given.name else ()), end="")
+    elif given.name is None:
         print("\n".join(_columns([(point.flag, point.when) for point in CATALOG.values()])))
         print("\n`miles hooks NAME` shows one in full; `miles new NAME` writes a skeleton.")
     else:

@@ -69,7 +69,8 @@ def _state_for(args: Namespace) -> _state.GenerateState:
     if shared.args is args:
         return shared
     own = _state.GenerateState(args)
-    own.__dict__["tokenizer"] = shared.tokenizer
+    if args.hf_checkpoint == shared.args.hf_checkpoint:
+        own.__dict__["tokenizer"] = shared.tokenizer
     own.generate_fn_semaphore, own.aborted = shared.generate_fn_semaphore, shared.aborted
     return own
 

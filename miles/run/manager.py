@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 
 from miles.batch import TrainBatch, TrimmedRollout, flatten_groups, split_batch, trim_rollout
 from miles.config import RunConfig

@@ -8,7 +8,8 @@
     <save>/latest_checkpointed_iteration.txt the number of the last complete checkpoint
 
 A save writes into a folder with another name, syncs, renames it, and moves the tracker file last: a crash at any
-moment leaves the previous checkpoint in force.
+moment leaves the previous checkpoint in force. What such a crash left half written goes with the next save. One run at
+a time saves into a folder.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from typing import Any
 import torch
 
 from miles.errors import CheckpointError
+from miles.observe import debug_data
 
 TRACKER = "latest_checkpointed_iteration.txt"
+OUTDATED = ".outdated"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def find(load: str | None) -> Checkpoint | None:
     if not text.isdecimal():
         raise CheckpointError(f"--load {load}: {tracker} holds {text!r}, expected the number of a checkpoint.")
     folder = Path(load) / f"iter_{int(text):07d}"
+    if not folder.exists() and _outdated(folder).exists():  # a crash between the two renames of `write`
+        _outdated(folder).rename(folder)
     meta = folder / "meta.json"
     if not meta.is_file():
         there = sorted(p.name for p in Path(load).glob("iter_*"))
@@ -86,7 +91,9 @@ def write(save: Path, meta: Meta, write_model: Callable[[Path], None], write_rol
     """One checkpoint. `write_model(folder)` fills the model's part, `write_rollout()` the data source's."""
     final = save / f"iter_{meta.iteration:07d}"
     unfinished = save / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left_over in save.glob(".iter_*"):
+        if left_over.suffix != OUTDATED:
+            shutil.rmtree(left_over, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         write_model(unfinished)
@@ -97,13 +104,20 @@ def write(save: Path, meta: Meta, write_model: Callable[[Path], None], write_rol
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    outdated = save / f".{final.name}.outdated"
+    outdated = _outdated(final)
     if final.exists():
+        shutil.rmtree(outdated, ignore_errors=True)
         final.rename(outdated)
     unfinished.rename(final)
+    _sync(save)
     shutil.rmtree(outdated, ignore_errors=True)
     replace_file(save / TRACKER, f"{meta.iteration}\n".encode())
     return final
+
+
+def _outdated(folder: Path) -> Path:
+    """Where a checkpoint of the same number waits until its successor is in place."""
+    return folder.with_name(f".{folder.name}{OUTDATED}")
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -147,10 +161,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(folder: Path) -> None:
-    """Put the generators back to where `rng_state` found them."""
+    """Put the generators back to where `rng_state` found them. CheckpointError where the file is missing or damaged."""
     import numpy as np
 
-    state = torch.load(folder / "rng.pt", weights_only=True)
+    state = debug_data.read_torch(folder / "rng.pt", flag="--load")
     version, words, gauss_next = state["python"]
     random.setstate((version, tuple(words), gauss_next))
     kind, keys, position, has_gauss, gauss = state["numpy"]

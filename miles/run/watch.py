@@ -46,6 +46,8 @@ class Watch:
             accuracy = {name: line[f"eval/{name}"] for name in names if f"eval/{name}" in line}
             if accuracy:
                 self._remember(rollout_id + 1, accuracy)
+            if self.checker is not None and self.checker.key in line:
+                self.checker.on_eval(line)
 
     def _remember(self, done: int, accuracy: dict[str, float]) -> None:
         if done == 0:

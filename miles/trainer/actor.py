@@ -175,7 +175,7 @@ class TrainActor:
             return
         micros = self._micro_batches(shard, rows)
         for micro, values in zip(micros, self.backend.forward_only(micros, self._read_log_probs)):
-            column[micro.response_places] = values
+            column[micro.response_places.cpu()] = values
 
     def _read_log_probs(self, micro: PackedBatch, output: ModelOutput) -> Tensor:
         return self._current(micro, output, with_entropy=False).log_probs.cpu()

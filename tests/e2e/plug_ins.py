@@ -40,6 +40,7 @@ async def digits(args: Namespace, sample: Sample) -> float:
 
 def sleeps(args: Namespace, sample: Sample) -> float:
     """A synchronous reward, in a thread of its own, that does not come back."""
+    (Path(args.run_dir) / "is_sleeping").touch()
     time.sleep(600)
     return 0.0
 

@@ -58,6 +58,22 @@ def test_saving_the_same_iteration_again_replaces_it(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", resume.TRACKER]
 
 
+def test_what_a_crash_left_goes_with_the_next_save(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    (tmp_path / ".iter_0000010.4711").mkdir()
+    (tmp_path / ".iter_0000010.4711" / "model.txt").write_text("half")
+    save(tmp_path, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", "iter_0000010", resume.TRACKER]
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    """Saving an iteration anew first moves the old folder away; killed there, the old one is found again."""
+    folder = save(tmp_path, 4, "old")
+    folder.rename(tmp_path / ".iter_0000005.outdated")
+    found = resume.find(str(tmp_path))
+    assert found is not None and (found.folder / "model.txt").read_text() == "old"
+
+
 def test_nothing_there_yet_is_no_error(tmp_path: Path) -> None:
     assert resume.find(None) is None
     assert resume.find(str(tmp_path / "absent")) is None

@@ -72,7 +72,7 @@ def test_summary_has_every_number(short: Path) -> None:
     # Between generation and training lies only the conversion.
     assert sum(parts) <= numbers["wall_s_per_rollout"] + 1e-3
     assert 0 < numbers["first_step_s"]
-    assert numbers["hooks"]["hooks/custom_rm/calls"] == ROLLOUTS * 128 + 2 * 2 * 32
+    assert numbers["hooks"]["custom_rm"]["calls"] == ROLLOUTS * 128 + 2 * 2 * 32
 
 
 def test_metrics_of_every_step(short: Path) -> None:
@@ -88,11 +88,12 @@ def test_rollouts_can_be_read_back(short: Path) -> None:
     assert len(samples) == 128 and [s.index for s in samples] == list(range(128, 256))
     for sample in samples:
         sample.validate()
-        assert sample.reward == float(sample.response == sample.response.split("</think>")[0] + f"</think>{sample.label}<eos>")
+        assert sample.reward == float(sample.response.split("</think>")[1:] == [f"{sample.label}<eos>"])
     assert {s.reward for s in samples} == {0.0, 1.0}
     rewards = [s.reward for s in read_rollouts(short, 1)]
     assert metrics(short, "rollout/raw_reward")[1] == pytest.approx(sum(rewards) / len(rewards))
-    assert len(read_rollouts(short, ROLLOUTS - 1, evaluation="greedy")) == 32
+    before, after = (read_rollouts(short, done, evaluation="greedy") for done in (0, ROLLOUTS))
+    assert len(before) == len(after) == 32 and [s.response for s in before] != [s.response for s in after]
 
 
 # ---- one run, started in several ways ------------------------------------------------------------------------------
