@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from miles.types import Failure
 
 
+# Characters of a value that a message repeats.
+MAX_GIVEN = 200
+
+
 class MilesError(Exception):
     """Base of all errors that miles raises on purpose."""
 
@@ -45,8 +49,13 @@ class FlagError(UsageError):
 
     def __init__(self, flag: str, *, given: object = None, expected: str = "", remedy: str = "") -> None:
         self.flag, self.given, self.expected, self.remedy = flag, given, expected, remedy
-        text = f"{flag}: expected {expected}, got {given!r}." if expected else f"{flag}: {given}"
+        text = f"{flag}: expected {expected}, got {_excerpt(given)}." if expected else f"{flag}: {given}"
         super().__init__(f"{text} {remedy}".rstrip())
+
+
+def _excerpt(given: object) -> str:
+    text = repr(given)
+    return text if len(text) <= MAX_GIVEN else f"{text[: MAX_GIVEN - 20]}...{text[-17:]}"
 
 
 class DataError(UsageError):

@@ -18,7 +18,8 @@ from miles.config.yaml_file import Entry
 from miles.errors import FlagError
 
 PLUG_POINTS = {flag.name for flag in flags_of(SECTIONS["hooks"])}
-MEGATRON_HINT = "(Megatron's own flags come with its backend, which is not built yet.)"
+ALL_FLAGS = "`miles train --help-all` shows every one."
+MEGATRON_HINT = f"{ALL_FLAGS} (Megatron's own flags come with its backend, which is not built yet.)"
 
 
 class Parser(argparse.ArgumentParser):

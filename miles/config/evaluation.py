@@ -6,10 +6,13 @@ with `null` counts as given. The published import path of all this is `miles.uti
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from miles.config.flags import FRACTION, TOP_K, Check, at_least
 from miles.errors import DataError, FlagError
 
 DEFAULT_NAME = "aime"  # the published name of a single unnamed evaluation set
@@ -153,7 +156,15 @@ def resolve_eval_datasets(args: Any) -> list[EvalDatasetConfig]:
     """The evaluation sets that `args.eval_config`, else `args.eval_prompt_data`, describes; [] without either."""
     if args.eval_config is not None:
         return _from_file(args, args.eval_config)
-    return build_eval_dataset_configs(args, name_path_pairs(args.eval_prompt_data), {})
+    datasets = build_eval_dataset_configs(args, name_path_pairs(args.eval_prompt_data), {})
+    twice = _first_double([d.name for d in datasets])
+    if twice is not None:
+        raise FlagError("--eval-prompt-data", given=twice, expected="a name of its own for each evaluation set")
+    return datasets
+
+
+def _first_double(names: list[str]) -> str | None:
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 def name_path_pairs(prompt_data: list[str] | None) -> list[dict[str, Any]]:
@@ -181,7 +192,52 @@ def _from_file(args: Any, path: str) -> list[EvalDatasetConfig]:
         for entry in entries:
             if not (entry.get("name") and entry.get("path")):
                 raise DataError(path, f"evaluation set {entry!r} needs a name and a path.")
-        return build_eval_dataset_configs(args, entries, defaults)
+            _refuse_unknown(path, {**defaults, **entry})
+        datasets = build_eval_dataset_configs(args, entries, defaults)
     except TypeError as error:
-        text = str(error).replace("EvalDatasetConfig.__init__() got an unexpected keyword argument", "unknown key")
-        raise DataError(path, f"{text}.") from None
+        raise DataError(path, f"{error}.") from None
+    twice = _first_double([d.name for d in datasets])
+    if twice is not None:
+        raise DataError(path, f"two evaluation sets are called {twice!r}.", remedy="Give each a name of its own.")
+    for dataset in datasets:
+        _verify(path, dataset)
+    return datasets
+
+
+def _refuse_unknown(path: str, entry: dict[str, Any]) -> None:
+    known = [f.name for f in fields(EvalDatasetConfig)]
+    for key in entry:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            remedy = f"Did you mean {close[0]}?" if close else f"Known keys: {', '.join(known)}."
+            raise DataError(path, f"evaluation set {entry['name']!r} has an unknown key {key!r}.", remedy=remedy)
+
+
+_TEXT = Check("text", lambda v: isinstance(v, str) and v != "")
+_COUNT = Check("a whole number >= 1", lambda v: type(v) is int and v >= 1)
+_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("name", "path", "rm_type", "input_key", "label_key", "tool_key", "metadata_key"), _TEXT),
+    **dict.fromkeys(("n_samples_per_eval_prompt", "max_response_len"), _COUNT),
+    "temperature": at_least(0),
+    "top_p": FRACTION,
+    "top_k": TOP_K,
+}
+
+
+def _allowed(value: Any, check: Check) -> bool:
+    if isinstance(value, bool) or value == math.inf:
+        return False
+    try:
+        return check.holds(value)
+    except TypeError:  # a text or a list where a number is compared
+        return False
+
+
+def _verify(path: str, dataset: EvalDatasetConfig) -> None:
+    """What the flags of the same meaning are checked for."""
+    for key, check in _CHECKS.items():
+        value = getattr(dataset, key)
+        if value is not None and not _allowed(value, check):
+            raise DataError(
+                path, f"evaluation set {dataset.name!r}: {key}: expected {check.expected}, got {value!r}."
+            )

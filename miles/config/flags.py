@@ -107,12 +107,31 @@ PORT = Check("a port from 1 to 65535", lambda v: 1 <= v <= 65535)
 JSON_OBJECT = Check("a JSON object such as '{\"enable_thinking\": false}'", lambda v: isinstance(v, dict))
 
 
-def template(name: str) -> Check:
-    """A path template that must contain `{name}`, or every rollout would overwrite the last one's file."""
-    return Check(f"a path with {{{name}}} in it", lambda v: "{" + name in v)
+PATH = Check("a path", lambda v: bool(v.strip()))
+PATH_WITHOUT_BRACES = Check("a path without braces", lambda v: bool(v.strip()) and not set("{}") & set(v))
+
+
+def template(*names: str, values: tuple[object, object] = (0, 1)) -> Check:
+    """A path template with `{name}` of the first name, or every rollout would overwrite the last one's file.
+
+    The other names and {run_dir} may stand in it, too. `values` are two that it will be filled with.
+    """
+
+    def holds(text: str) -> bool:
+        try:
+            a, b = (text.format(**{**dict.fromkeys(names, 0), names[0]: v}, run_dir="") for v in values)
+        except (KeyError, IndexError, ValueError, AttributeError):
+            return False
+        return a != b
+
+    others = "".join(f" and {{{name}}}" for name in names[1:])
+    return Check(f"a path with {{{names[0]}}}{others} in it, and no other braces", holds)
 
 
 # ---- the flag -----------------------------------------------------------------------------------------------------
+
+# What numpy, torch and the files of a run can hold.
+MAX_INT = 2**63 - 1
 
 _EXPECTED = {"int": "a whole number", "float": "a number", "json": "JSON", "pairs": "NAME=VALUE"}
 
@@ -164,11 +183,14 @@ class Flag:
 
     def _convert(self, text: str) -> Any:
         if self.kind == "int":
-            return int(text)
+            whole = int(text)
+            if abs(whole) > MAX_INT:
+                raise FlagError(self.option, given=text, expected=f"a whole number of at most {MAX_INT}")
+            return whole
         if self.kind == "float":
             number = float(text)
-            if math.isnan(number):
-                raise ValueError(text)
+            if not math.isfinite(number):
+                raise FlagError(self.option, given=text, expected="a finite number")
             return number
         if self.kind == "json":
             return json.loads(text)
@@ -177,6 +199,8 @@ class Flag:
             if not (name and separator and value):
                 raise ValueError(text)
             return name, value
+        if "\0" in text or not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+            raise FlagError(self.option, given=text, expected="text in UTF-8 without NUL characters")
         return text
 
     def verify(self, value: Any) -> None:

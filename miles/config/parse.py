@@ -18,6 +18,7 @@ from typing import Any
 from miles.config import help as help_text
 from miles.config import passthrough
 from miles.config.command_line import (
+    ALL_FLAGS,
     Parser,
     add_flag,
     did_you_mean,
@@ -84,7 +85,10 @@ def _read_all(draft: Draft, parser: Parser, argv: Sequence[str]) -> None:
     """Fill the draft from the file and the command line, with the options that plug-ins add."""
     own, _ = passthrough.split(argv, parser.options)
     early, _ = parser.parse_known_args(own)
-    entries = _file_entries(getattr(early, "config", None))
+    path = getattr(early, "config", None)
+    entries = _file_entries(path)
+    if path is not None and not entries:
+        draft.notices.append(f"--config {path}: the file holds no flags.")
     draft.claimed = _extend(parser, early, entries)
 
     rest, passed = passthrough.split(argv, parser.options)
@@ -146,7 +150,8 @@ def _give_entries(draft: Draft, parser: Parser, entries: list[Entry]) -> None:
             draft.give(entry.key, entry.value, "file")
         else:
             option = "--" + entry.key.replace("_", "-")
-            raise entry.error(option, given=f"no such flag. {did_you_mean(option, parser.options)}".rstrip())
+            hint = did_you_mean(option, parser.options) or ALL_FLAGS
+            raise entry.error(option, given=f"no such flag. {hint}")
 
 
 def _spellings(flag: Any) -> tuple[str, ...]:

@@ -12,11 +12,13 @@ Each rule is a small function or a row of a table. They run once, before the sec
 
 from __future__ import annotations
 
+import os
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from miles.config import model_folder
 from miles.config.draft import Draft
 from miles.config.evaluation import resolve_eval_datasets
 from miles.config.machine import local_gpus
@@ -46,7 +48,7 @@ def refuse_missing(draft: Draft) -> None:
     missing += [text for text, present in ALTERNATIVES if not present(draft)]
     if missing:
         given = "required, but not given." if len(missing) == 1 else "all of these are required, but not given."
-        raise FlagError(", ".join(missing), given=given)
+        raise FlagError(", ".join(missing), given=given, remedy=" ".join(n for n in draft.notices if n.startswith("--config ")))
 
 
 DEFAULT_DATA_SOURCE = FLAGS["data_source_path"].default
@@ -66,7 +68,9 @@ ALTERNATIVES: list[tuple[str, Callable[[Draft], bool]]] = [
     (
         "--prompt-data (or --disable-rollout-global-dataset)",
         lambda d: bool(
-            d["prompt_data"] or not d["rollout_global_dataset"] or d["data_source_path"] != DEFAULT_DATA_SOURCE
+            d["prompt_data"] is not None
+            or not d["rollout_global_dataset"]
+            or d["data_source_path"] != DEFAULT_DATA_SOURCE
         ),
     ),
 ]
@@ -128,6 +132,7 @@ SUBSTITUTES: list[Rule] = [fsdp_backend, one_trainer_process, gloo, fused_attent
 
 def run_dir(draft: Draft) -> None:
     draft.fill("run_dir", time.strftime("runs/%Y-%m-%d_%H%M%S"))
+    draft.rewrite("run_dir", os.path.expanduser(draft["run_dir"]))
 
 
 def folders_of_the_run(draft: Draft) -> None:
@@ -135,7 +140,15 @@ def folders_of_the_run(draft: Draft) -> None:
     for name in IN_RUN_DIR:
         path = draft[name]
         if path is not None:
-            draft.rewrite(name, path.replace("{run_dir}", draft["run_dir"]))
+            draft.rewrite(name, os.path.expanduser(path.replace("{run_dir}", draft["run_dir"])))
+    for name in ("save", "load"):
+        if draft[name] is not None and os.path.lexists(draft[name]) and not os.path.isdir(draft[name]):
+            raise FlagError(draft.option(name), given=draft[name], expected="a folder", remedy="This is a file.")
+
+
+def model(draft: Draft) -> None:
+    if draft["hf_checkpoint"] is not None:
+        model_folder.check(draft["hf_checkpoint"])
 
 
 IN_RUN_DIR = ("save", "load", "save_hf", "dump_details", "save_debug_rollout_data", "save_debug_train_data")
@@ -216,6 +229,19 @@ def batch_size(draft: Draft) -> None:
             remedy="Leave one of the two out.",
         )
     draft.fill("global_batch_size", size)
+
+
+def rollout_size(draft: Draft) -> None:
+    """A slip of the keyboard must not look like a run that hangs while it makes its samples."""
+    samples = draft["rollout_batch_size"] * draft["n_samples_per_prompt"]
+    if samples > MAX_SAMPLES:
+        raise FlagError(
+            "--rollout-batch-size * --n-samples-per-prompt", given=samples, expected=f"at most {MAX_SAMPLES} samples"
+        )
+
+
+MAX_SAMPLES = 2**24
+"""Samples of one rollout that no machine of today holds."""
 
 
 def trimming(draft: Draft) -> None:
@@ -324,6 +350,7 @@ def whitening(draft: Draft) -> None:
 EFFECTS: list[Rule] = [
     run_dir,
     folders_of_the_run,
+    model,
     deterministic,
     debug_dumps,
     debug_replay,
@@ -331,6 +358,7 @@ EFFECTS: list[Rule] = [
     debug_rollout,
     critic_defaults,
     clip_range,
+    rollout_size,
     batch_size,
     trimming,
     group_of_one,

@@ -107,6 +107,8 @@ def _parsing(path: str) -> Iterator[None]:
         raise DataError(path, f"not valid YAML: {error.problem}.", line=line) from None
     except (ValueError, TypeError) as error:  # dates and numbers that do not exist, keys that are mappings
         raise DataError(path, f"not valid YAML: {error}.") from None
+    except RecursionError:
+        raise DataError(path, "not valid YAML: nested too deeply.") from None
 
 
 def _compose(path: str, option: str) -> tuple[yaml.SafeLoader, yaml.MappingNode | None]:
@@ -115,8 +117,13 @@ def _compose(path: str, option: str) -> tuple[yaml.SafeLoader, yaml.MappingNode 
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlagError(option, given=path, expected="a readable YAML file", remedy=f"({error})") from None
+    except OSError as error:
+        raise FlagError(option, given=path, expected="a readable YAML file", remedy=f"({error.strerror}.)") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            path, f"expected text in UTF-8, got byte 0x{error.object[error.start]:02x}.",
+            line=error.object.count(b"\n", 0, error.start) + 1, remedy="Save the file as UTF-8.",
+        ) from None  # fmt: skip
     try:
         loader = yaml.SafeLoader(text)
     except yaml.YAMLError as error:  # characters that no YAML file may have

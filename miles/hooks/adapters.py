@@ -16,7 +16,16 @@ from miles.hooks.adapt import Callee, is_async
 from miles.hooks.catalog import CATALOG
 from miles.hooks.point import Form, PlugPoint
 from miles.hooks.threads import Threads
-from miles.hooks.values import BadReturn, generate_output, of_type, reward_list, reward_problem, tuple_of
+from miles.hooks.values import (
+    BadReturn,
+    generate_output,
+    loss_of,
+    metrics_of,
+    of_type,
+    reward_list,
+    reward_problem,
+    tuple_of,
+)
 from miles.types import (
     DynamicFilterOutput,
     GenerateFnInput,
@@ -267,7 +276,8 @@ def _loss(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
 
     def call(args: Namespace, parallel_state: Any, batch: Any, logits: Any, sum_of_sample_mean: Fn) -> Any:
         passed = (parallel_state, batch) if with_state else (batch,)
-        return tuple_of(fn(args, *passed, logits, sum_of_sample_mean), 2, "(loss, metrics)")
+        loss, metrics = tuple_of(fn(args, *passed, logits, sum_of_sample_mean), 2, "(loss, metrics)")
+        return loss_of(loss), metrics_of(metrics)
 
     return Adapted(call)
 
@@ -314,12 +324,18 @@ def _reward_post_process(callee: Callee, form: Form, threads: Threads | None) ->
 
 
 def _convert(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
-    fn = callee.obj
+    fn, no_settings = callee.obj, Namespace(custom_convert_samples_to_train_data_path=callee.name)
 
     def call(args: Namespace, samples: list[Sample]) -> dict[str, Any]:
         data: dict[str, Any] = of_type(fn(args, samples), dict, "a dict of columns")
         if "tokens" not in data:
-            raise BadReturn("type", "returned a dict without 'tokens'", f"columns: {', '.join(map(str, data))}")
+            columns = ", ".join(map(str, data)) or "none"
+            raise BadReturn("type", "returned a dict without 'tokens'", f"columns: {columns}")
+        rewards = data.get("rewards")
+        for position, value in enumerate(rewards if isinstance(rewards, (list, tuple)) else ()):
+            bad = reward_problem(value, no_settings)
+            if bad is not None:
+                raise BadReturn(bad.kind, f"rewards[{position}]: {bad}".replace("returned ", ""))
         return data
 
     return Adapted(call)

@@ -16,7 +16,7 @@ from typing import Any
 from miles.errors import HookReport, MilesError
 from miles.hooks.adapt import Callee, Mismatch, callee_of, is_async, recognise
 from miles.hooks.adapters import adapt
-from miles.hooks.call import GenerateHook, Hook, ObjectHook, RewardHook, RolloutHook
+from miles.hooks.call import GenerateHook, Hook, ObjectHook, ReducerHook, RewardHook, RolloutHook
 from miles.hooks.catalog import CATALOG, plug_point_named
 from miles.hooks.guard import Guard
 from miles.hooks.load import load_function
@@ -31,6 +31,7 @@ _SPECIAL: dict[str, type[Hook]] = {
     "custom_generate_function": GenerateHook,
     "custom_rm": RewardHook,
     "data_source": ObjectHook,
+    "custom_pg_loss_reducer_function": ReducerHook,
 }
 
 

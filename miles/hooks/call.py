@@ -6,7 +6,8 @@
               ▼
          value | Failure | HookError
 
-KeyboardInterrupt, CancelledError, SystemExit and miles' own errors (UsageError, a nested HookError) pass untouched.
+KeyboardInterrupt, the cancellation of the caller's own task and miles' own errors (UsageError, a nested HookError) pass
+untouched. A plug-in that calls `sys.exit`, or lets a cancellation of its own tasks out, has failed like any other.
 Synchronous plug points: `hook(...)`, inline. Awaited ones: `await hook.call_async(...)`. A rollout function, which may
 be either, has `build` once and then `run` or `call_async`.
 """
@@ -16,20 +17,23 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import logging
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from time import perf_counter
 from types import CoroutineType
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
+from miles.errors import EngineError
 from miles.hooks.adapt import is_async
 from miles.hooks.adapters import Adapted, rollout_output
 from miles.hooks.card import FailedCall, first_sample
 from miles.hooks.guard import Guard, HookStats, passes
 from miles.hooks.point import PlugPoint, Policy
-from miles.hooks.source import Source
+from miles.hooks.source import Source, is_built_in
 from miles.hooks.threads import Threads
-from miles.hooks.values import BadReturn, reward_problem
+from miles.hooks.values import BadReturn, reward_problem, scalar_problem
 from miles.types import (
     DynamicFilterOutput,
     Failure,
@@ -40,9 +44,16 @@ from miles.types import (
     Sample,
 )
 
+logger = logging.getLogger("miles.hooks")
+
 # Seconds before the first retry of an awaited call; doubled each time up to the limit. Inline calls retry at once.
 RETRY_DELAY_S = 0.1
 MAX_RETRY_DELAY_S = 5.0
+
+T = TypeVar("T")
+
+# What a call may raise that counts as its failure.
+FAILURES = (Exception, SystemExit)
 
 # What the core receives when a failed call is dropped. Awaited plug points return the Failure itself.
 _DROPPED: dict[str, Any] = {
@@ -73,6 +84,7 @@ class Hook:
     ) -> None:
         self.point, self.path, self.target, self.form, self.source = point, path, target, form, source
         self.policy, self.timeout_s = policy, timeout_s
+        self._told_blocking = False
         self.stats = HookStats()
         # What `state_dict` is asked of: the object a class was made into; None for functions.
         self.state_holder: Any = None
@@ -99,7 +111,7 @@ class Hook:
             value = self._call(*args, **kwargs)
             if type(value) is CoroutineType:
                 value = _refuse(value)
-        except Exception as error:
+        except FAILURES as error:
             value = self._recover(error, args, kwargs, begin)
         stats = self.stats
         seconds = perf_counter() - begin
@@ -116,7 +128,7 @@ class Hook:
             try:
                 value = self._call(*args, **kwargs)
                 return _refuse(value) if type(value) is CoroutineType else value
-            except Exception as again:
+            except FAILURES as again:
                 error = again
         _raise_if_passing(error)
         try:
@@ -131,7 +143,7 @@ class Hook:
         begin = perf_counter()
         try:
             return await self._attempts(self._call, args, kwargs)
-        except Exception as error:
+        except FAILURES as error:
             _raise_if_passing(error)
             return self._guard.report(self.failed(error, args, kwargs), self.stats)
         finally:
@@ -142,28 +154,57 @@ class Hook:
         for _ in range(self.policy.retries):
             try:
                 return await self._limited(call, args, kwargs)
-            except Exception as error:
+            except FAILURES as error:
                 _raise_if_passing(error)
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RETRY_DELAY_S)
         return await self._limited(call, args, kwargs)
 
     async def _limited(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any) -> Any:
-        if self.timeout_s is None:
-            return await call(*args, **kwargs)
-        scope = asyncio.timeout(self.timeout_s)
+        try:
+            if self.timeout_s is None:
+                return await call(*args, **kwargs)
+            return await self._in_time(self.timeout_s, call, args, kwargs)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise OwnTaskCancelled from error
+
+    async def _in_time(
+        self, timeout_s: float, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        begin = perf_counter()
+        scope = asyncio.timeout(timeout_s)
         try:
             async with scope:
-                return await call(*args, **kwargs)
+                value = await call(*args, **kwargs)
         except TimeoutError as error:
             if scope.expired():
                 raise TookTooLong from error
             raise
+        seconds = perf_counter() - begin
+        if seconds > timeout_s and not self._told_blocking:
+            self._told_blocking = True
+            logger.warning(
+                "%s %s (%s) took %.1f s and cannot be interrupted after --hook-timeout-s %g: it does not await while "
+                "it works, and everything else waits with it. Write `def` (it then runs in a thread), or await.",
+                self.point.flag, self.path, self.source, seconds, timeout_s,
+            )  # fmt: skip
+        return value
+
+    def reject(self, problem: BadReturn, *given: Any, sample: Sample | None = None) -> NoReturn:
+        """What a later step found wrong with a value of this plug-in: HookError, with the card of a failed call."""
+        failed = replace(self.failed(problem, given, {}, sample=sample), policy=Policy())
+        self._guard.report(failed, self.stats)
+        raise AssertionError("the policy is raise")
 
     def failed(
         self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any], *, call: str = "call",
         sample: Sample | None = None,
     ) -> FailedCall:  # fmt: skip
+        if isinstance(error, OwnTaskCancelled) and error.__cause__ is not None:
+            error = error.__cause__
         return FailedCall(
             point=self.point,
             path=self.path,
@@ -178,16 +219,54 @@ class Hook:
         )
 
 
+class OwnTaskCancelled(Exception):
+    """A CancelledError that nobody but the plug-in has caused; it is the cause."""
+
+
 class TookTooLong(Exception):
     """A call passed the time limit of its Hook; its cause is the TimeoutError."""
 
 
 class ObjectHook(Hook):
-    """A plug point that makes an object once: the data source."""
+    """A plug point that makes an object once: the data source. Its methods are called through `enter`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.state_holder = super().__call__(*args, **kwargs)
         return self.state_holder
+
+    def enter(self, method: Callable[..., T], *args: Any) -> T:
+        """One call of a method of the object: `hook.enter(source.get_samples, 16)`. Raises HookError."""
+        begin = perf_counter()
+        try:
+            return method(*args)
+        except FAILURES as error:
+            _raise_if_passing(error)
+            self._guard.report(self.failed(error, args, {}, call="method"), self.stats)
+            raise
+        finally:
+            self.stats.add(perf_counter() - begin)
+
+
+class ReducerHook(Hook):
+    """The reducer of the policy loss: what it returns is a function of the user's, too, and is called with its errors
+    told."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reducer = super().__call__(*args, **kwargs)
+
+        def reduce(values: Any) -> Any:
+            try:
+                value = reducer(values)
+            except FAILURES as error:
+                _raise_if_passing(error)
+                self._guard.report(self.failed(error, args, kwargs, call="method"), self.stats)
+                raise
+            problem = scalar_problem(value)
+            if problem is not None:
+                self.reject(problem, *args)
+            return value
+
+        return reduce
 
 
 class GenerateHook(Hook):
@@ -198,7 +277,7 @@ class GenerateHook(Hook):
         before = {k: copy.copy(v) if isinstance(v, _CHANGED_IN_PLACE) else v for k, v in attributes.items()}
         try:
             return await super()._limited(call, args, kwargs)
-        except Exception:
+        except FAILURES:
             attributes.clear()
             attributes.update(before)
             raise
@@ -218,7 +297,7 @@ class RewardHook(Hook):
         begin = perf_counter()
         try:
             return await self._attempts(self._checked, (args, sample), {})
-        except Exception as error:
+        except FAILURES as error:
             _raise_if_passing(error)
             return self._guard.report(self.failed(error, (args, sample), {}, sample=sample), self.stats)
         finally:
@@ -254,7 +333,7 @@ class RewardHook(Hook):
             return list(await self._attempts(self._checked_batch, (args, samples), {}))
         except BadEntries as error:
             return self._entries(error, args, samples)
-        except Exception as error:
+        except FAILURES as error:
             _raise_if_passing(error)
             failed = self.failed(error, (args, samples), {}, call="batch", sample=samples[0])
             failure = self._guard.report(failed, self.stats, count=len(samples))
@@ -305,7 +384,7 @@ class RolloutHook(Hook):
         assert self._adapted.build is not None
         try:
             built = self._adapted.build(given)
-        except Exception as error:
+        except FAILURES as error:
             _raise_if_passing(error)
             self._guard.report(self.failed(error, (given,), {}, call="build"), self.stats)
             raise
@@ -326,8 +405,8 @@ class RolloutHook(Hook):
         try:
             output: RolloutFnTrainOutput | RolloutFnEvalOutput = call(obj, input)
             return output
-        except Exception as error:
-            _raise_if_passing(error)
+        except FAILURES as error:
+            self._raise_if_passing(error)
             self._guard.report(self.failed(error, (input,), {}), self.stats)
             raise
         finally:
@@ -342,12 +421,19 @@ class RolloutHook(Hook):
             else:
                 value = await self._threads.run(obj, input)
             return rollout_output(await value if inspect.isawaitable(value) else value, input)
-        except Exception as error:
-            _raise_if_passing(error)
+        except FAILURES as error:
+            self._raise_if_passing(error)
             self._guard.report(self.failed(error, (input,), {}), self.stats)
             raise
         finally:
             self.stats.add(perf_counter() - begin)
+
+
+    def _raise_if_passing(self, error: BaseException) -> None:
+        """What an engine says to the built-in functions is no plug-in's fault; it says itself what is wrong."""
+        _raise_if_passing(error)
+        if isinstance(error, EngineError) and self.source.file is not None and is_built_in(self.source.file):
+            raise error
 
 
 async def _awaited(value: Awaitable[Any]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import linecache
 import os
+import shlex
 import sys
 import sysconfig
 import textwrap
@@ -23,10 +24,11 @@ from typing import Any
 from miles.hooks.codec import Encoder
 from miles.hooks.point import PlugPoint, Policy, allowed_policies
 from miles.hooks.source import Place, Source, own_place, shown
-from miles.hooks.values import BadReturn
+from miles.hooks.values import BadReturn, safely
 from miles.types import Failure, GenerateFnInput, Sample
 
 BUNDLE_FILE = "call.json"
+TRACEBACK_FILE = "traceback.txt"
 BUNDLE_VERSION = 1
 _MAX_TEXT = 160
 
@@ -35,7 +37,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class FailedCall:
-    """One failed call with all that a card and a bundle need. `call` is "call", "batch" or "build"."""
+    """One failed call with all that a card and a bundle need. `call` is "call", "batch", "build" or "method"."""
 
     point: PlugPoint
     path: str
@@ -49,6 +51,11 @@ class FailedCall:
     timeout_s: float | None = None
 
     @property
+    def replayable(self) -> bool:
+        """Whether the call can be made again by itself: whole rollouts and methods of live objects cannot."""
+        return not self.point.may_be_async and self.call != "method"
+
+    @property
     def kind(self) -> str:
         if isinstance(self.error, BadReturn):
             return self.error.kind
@@ -60,7 +67,7 @@ class FailedCall:
             return str(self.error)
         if self.timeout_s is not None:
             return f"took longer than {self.timeout_s:g} s (--hook-timeout-s)"
-        return f"{type(self.error).__name__}: {self.error}".rstrip(": ")
+        return f"{type(self.error).__name__}: {safely(str, self.error)}".rstrip(": ")
 
     @property
     def place(self) -> Place | None:
@@ -109,8 +116,10 @@ def card(failed: FailedCall, bundle: str | None) -> str:
     if hint:
         lines.append(f"  hint      {hint}")
     lines.append(f"  policy    {_policy_text(failed)}")
-    if bundle is not None:
-        lines.append(f"  replay    miles replay {shown(bundle)} --pdb")
+    if bundle is not None and failed.replayable:
+        lines.append(f"  replay    miles replay {shlex.quote(shown(bundle))} --pdb")
+    elif bundle is not None:
+        lines.append(f"  trace     {shown(os.path.join(bundle, TRACEBACK_FILE))}")
     return "\n".join(lines)
 
 
@@ -125,7 +134,7 @@ def sample_text(sample: Sample) -> str:
 
 
 def _cut(value: Any) -> str:
-    text = repr(value)
+    text = safely(repr, value)
     half = _MAX_TEXT // 2
     return text if len(text) <= _MAX_TEXT else f"{text[:half]} ... {text[-half:]}"
 
@@ -149,7 +158,9 @@ def hint_for(failed: FailedCall) -> str:
         return f"metadata of this sample has {', '.join(map(repr, sample.metadata)) or 'no keys'}"
     if isinstance(error, ModuleNotFoundError):
         return f"install {error.name}, or import it at the top of the file so that `miles check` sees it"
-    text = str(error)
+    if isinstance(error, SystemExit):
+        return "raise an exception instead: exiting is for programs, not for functions"
+    text = safely(str, error)
     if isinstance(error, AttributeError) and "'list' object" in text and failed.call == "batch":
         return "a group arrives as a list: annotate the parameter `sample: Sample` to be called once per sample"
     if "'Sample' object is not iterable" in text:
@@ -187,7 +198,7 @@ def write_bundle(failed: FailedCall, folder: Path, number: int) -> Path:
     }
     encoder.save_tensors(path)
     text = "".join(traceback.format_exception(failed.error))
-    (path / "traceback.txt").write_text(text, encoding="utf-8")
+    (path / TRACEBACK_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
     (path / BUNDLE_FILE).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     return path
 

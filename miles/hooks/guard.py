@@ -120,6 +120,6 @@ def passes(error: BaseException) -> BaseException | None:
     if isinstance(error, BaseExceptionGroup):
         return next((p for p in map(passes, error.exceptions) if p is not None), None)
     untouched = isinstance(error, MilesError) and not isinstance(error, EngineError)
-    return error if untouched or not isinstance(error, Exception) else None
+    return error if untouched or not isinstance(error, (Exception, SystemExit)) else None
 
 

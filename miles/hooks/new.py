@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -49,10 +50,14 @@ def new_main(argv: Sequence[str]) -> int:
     taken = [str(path) for path in (file, test) if path.exists()]
     if taken:
         raise UsageError(f"{' and '.join(taken)}: there already, and nothing is overwritten. Name another file.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(plugin_source(point, file), encoding="utf-8")
-    test.write_text(test_source(point, file), encoding="utf-8")
-    print(f"{file}\n{test}\n\ntry    pytest {test}\nuse    {point.flag} {file}:{defined_name(point)}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(plugin_source(point, file), encoding="utf-8")
+        test.write_text(test_source(point, file), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror}). Name another file.") from error
+    used = shlex.quote(f"{file}:{defined_name(point)}")
+    print(f"{file}\n{test}\n\ntry    pytest {shlex.quote(str(test))}\nuse    {point.flag} {used}")
     return 0
 
 

@@ -52,14 +52,28 @@ def read_bundle(folder: Path) -> Bundle:
     file = folder / BUNDLE_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        found = "there is no such folder" if not folder.is_dir() else f"it has no {BUNDLE_FILE}"
+        raise UsageError(
+            f"{folder}: expected the folder of a failed call, but {found}. Error cards name theirs; those of a run lie "
+            "in RUN_DIR/failures."
+        ) from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder}: expected a folder with the {BUNDLE_FILE} of a failed call: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file}: expected the JSON object of a failed call, got a {type(content).__name__}.")
     if content.get("version") != BUNDLE_VERSION or content.get("plug_point") not in CATALOG:
         raise UsageError(f"{file}: written by another version of miles (version {content.get('version')!r}).")
+    try:
+        return _bundle(content, Decoder(folder))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UsageError(f"{folder}: damaged or incomplete ({type(error).__name__}: {error}).") from error
+
+
+def _bundle(content: dict[str, Any], decoder: Decoder) -> Bundle:
     for entry in (content["cwd"], *content["import_path"]):
         if os.path.isdir(entry):
             make_importable(entry)
-    decoder = Decoder(folder)
     args = None if content["args"] is None else Namespace(**decoder.decode(content["args"]))
 
     def value(recorded: Any) -> Any:

@@ -84,10 +84,12 @@ def own_place(tb: TracebackType | None, plugin_file: str | None) -> Place | None
     """The innermost line of a traceback that the user wrote.
 
     That is the last frame outside of Python's library, installed packages and miles; where there is none (a plug-in
-    that is installed, or built in), the last frame of the plug-in's own file; else the last outside of this package.
+    that is installed, or built in), the last frame of the plug-in's own file, or of miles for one that is built in;
+    else the last outside of this package.
     """
     frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(tb)]
-    for belongs in (_is_users, lambda file: file == plugin_file, _is_any):
+    built_in = plugin_file is not None and is_built_in(plugin_file)
+    for belongs in (_is_users, _is_ours if built_in else lambda file: file == plugin_file, _is_any):
         for file, line in reversed(frames):
             if belongs(file):
                 return Place(file, line, linecache.getline(file, line).strip())
@@ -101,6 +103,15 @@ def _is_users(file: str) -> bool:
     if f"{os.sep}site-packages{os.sep}" in real or f"{os.sep}dist-packages{os.sep}" in real:
         return False
     return not real.startswith((*_LIBRARIES, _PACKAGE))
+
+
+def is_built_in(file: str) -> bool:
+    """Whether a file is part of miles."""
+    return os.path.realpath(file).startswith(_PACKAGE)
+
+
+def _is_ours(file: str) -> bool:
+    return is_built_in(file) and _is_any(file)
 
 
 def _is_any(file: str) -> bool:

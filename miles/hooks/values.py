@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ class BadReturn(Exception):
         self.kind, self.hint = kind, hint
         super().__init__(message)
 
+
+# Rewards become float32 columns.
+FLOAT32_MAX = 3.4e38
 
 _NO_RETURN = "does every branch of the function return a value?"
 
@@ -61,7 +64,7 @@ def _number_problem(value: Any) -> BadReturn | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, numbers.Real) and not hasattr(value, "ndim"):
-        return None if math.isfinite(value) else _not_finite(value)
+        return _real_problem(value)
     dimensions = getattr(value, "ndim", None)
     if dimensions is None or not hasattr(value, "dtype"):
         return BadReturn("type", f"returned {_short(value)}, expected a number", _type_hint(value))
@@ -70,17 +73,34 @@ def _number_problem(value: Any) -> BadReturn | None:
     return _array_problem(value)
 
 
+def _real_problem(value: numbers.Real) -> BadReturn | None:
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a Fraction that no float can hold
+        return _too_large(value)
+    if not math.isfinite(number):
+        return _not_finite(value)
+    return _too_large(value) if abs(number) > FLOAT32_MAX else None
+
+
 def _array_problem(value: Any) -> BadReturn | None:
     try:
         as_number = value * 1.0
         finite = bool((as_number - as_number == 0).all())
+        small = bool((abs(as_number) <= FLOAT32_MAX).all())
     except (TypeError, RuntimeError, ValueError):
         return BadReturn("type", f"returned {_short(value)}, expected a number")
-    return None if finite else _not_finite(value)
+    if not finite:
+        return _not_finite(value)
+    return None if small else _too_large(value)
 
 
 def _not_finite(value: Any) -> BadReturn:
     return BadReturn("nan", f"returned {_short(value)}, expected a finite number", "look for a division or a log of 0")
+
+
+def _too_large(value: Any) -> BadReturn:
+    return BadReturn("type", f"returned {_short(value)}, expected a number that float32 can hold", "scale the rewards")
 
 
 def _type_hint(value: Any) -> str:
@@ -92,8 +112,16 @@ def _type_hint(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = safely(repr, value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def safely(show: Callable[[Any], str], value: Any) -> str:
+    """`show(value)`, which is `repr` or `str`; objects of plug-ins may fail even there."""
+    try:
+        return show(value)
+    except Exception as error:
+        return f"({show.__name__} of it raised {type(error).__name__})"
 
 
 def reward_list(values: Any, count: int) -> list[Any]:
@@ -114,8 +142,10 @@ def generate_output(value: Any) -> GenerateFnOutput:
     """Wrap what a generate function returned. Raises BadReturn for anything but samples."""
     if isinstance(value, GenerateFnOutput):
         value = value.samples
-    if isinstance(value, Sample) or (isinstance(value, list) and all(isinstance(s, Sample) for s in value)):
+    if isinstance(value, Sample) or (isinstance(value, list) and value and all(isinstance(s, Sample) for s in value)):
         return GenerateFnOutput(samples=value)
+    if isinstance(value, list) and not value:
+        raise BadReturn("length", "returned no samples, expected at least one", "a sample that failed: raise instead")
     if value is None:
         raise BadReturn("none", "returned None, expected the Sample", "end the function with `return sample`")
     raise BadReturn("type", f"returned {_short(value)}, expected a Sample, a list of Samples or a GenerateFnOutput")
@@ -138,4 +168,33 @@ def of_type(value: Any, expected: type | tuple[type, ...], name: str) -> Any:
         raise BadReturn("none", f"returned None, expected {name}", _NO_RETURN)
     if not isinstance(value, expected):
         raise BadReturn("type", f"returned {_short(value)}, expected {name}")
+    return value
+
+
+def scalar_problem(value: Any) -> BadReturn | None:
+    """What is wrong with a value that must be a tensor of one number, if anything."""
+    numel = getattr(value, "numel", None)
+    if callable(numel) and numel() == 1:
+        return None
+    found = f"a tensor of shape {list(value.shape)}" if callable(numel) else _short(value)
+    hint = "sum or average it" if callable(numel) else "compute it from the tensors that are passed in"
+    return BadReturn("type", f"returned {found}, expected a scalar tensor", hint)
+
+
+def loss_of(value: Any) -> Any:
+    """`value` if it is a scalar tensor with a gradient. Raises BadReturn otherwise."""
+    problem = scalar_problem(value)
+    if problem is not None:
+        raise problem
+    if not value.requires_grad:
+        hint = "compute it from `logits`; add 0 * logits.sum() where no token is trained"
+        raise BadReturn("type", "returned a loss without gradient", hint)
+    return value
+
+
+def metrics_of(value: Any) -> Any:
+    """`value` if it is a dict of numbers and scalar tensors. Raises BadReturn otherwise."""
+    for name, metric in of_type(value, dict, "(loss, metrics) with a dict of metrics").items():
+        if not isinstance(metric, numbers.Real) and scalar_problem(metric) is not None:
+            raise BadReturn("type", f"metric {name!r} is {_short(metric)}, expected a number or a scalar tensor")
     return value

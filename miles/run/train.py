@@ -40,15 +40,15 @@ NOTHING_SAVED = "Nothing was saved, because --save is not given."
 
 def main(argv: Sequence[str]) -> int:
     """`miles train`: parse, check every plug-in, then start. Returns the exit status."""
-    config, args = parse(list(argv))
-    hooks = bind(
-        args,
-        policies=config.run.hook_policy,
-        forms=config.run.hook_form,
-        timeout_s=config.run.hook_timeout_s,
-        error_budget=config.run.hook_error_budget,
-    )
     with terminated_as_interrupted():
+        config, args = parse(list(argv))
+        hooks = bind(
+            args,
+            policies=config.run.hook_policy,
+            forms=config.run.hook_form,
+            timeout_s=config.run.hook_timeout_s,
+            error_budget=config.run.hook_error_budget,
+        )
         from miles.run.launch import start  # torch and all that is heavy
 
         with start(config, args, hooks) as run:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
 
 @contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM means what Ctrl-C means, also while the run is being built and taken apart."""
+    """SIGTERM means what Ctrl-C means from the first moment, also while the run is being built and taken apart."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -89,7 +89,8 @@ def test_stop_while_starting(delay_s: float, tmp_path: Path, monkeypatch: pytest
         time.sleep(delay_s)
         number = signal.SIGTERM if delay_s == 0.9 else signal.SIGINT
         run.send(number)
-        assert run.ends(PROMPTLY_S) == STOPPED, run.text()
+        # CPython ends itself by the signal where the interrupt came inside `exec`; a shell shows both as 130.
+        assert run.ends(PROMPTLY_S) in (STOPPED, -signal.SIGINT), run.text()
     assert "Traceback" not in run.text() and "Exception ignored" not in run.text()
 
 

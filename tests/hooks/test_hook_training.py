@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 import pytest
+import torch
 from hooks_helpers import bound, bound_hooks
 
 from miles.errors import HookError, UsageError
@@ -53,15 +54,39 @@ def test_ambiguous_ones_name_the_flag(point: str, name: str, flag: str) -> None:
 @pytest.mark.parametrize(
     ("name", "form", "metrics"),
     [
-        ("loss_five", "parallel-state", {"parallel_state": "ps"}),
-        ("loss_four", "no-parallel-state", {"batch": "batch"}),
+        ("loss_five", "parallel-state", {"parallel_state": 7}),
+        ("loss_four", "no-parallel-state", {"batch": 8}),
         ("loss_four_with_option", "no-parallel-state", {"scale": 1.0}),
     ],
 )
 def test_loss(name: str, form: str, metrics: dict[str, Any]) -> None:
     hook = bound("custom_loss_function", f"training:{name}")
-    assert hook(ARGS, "ps", "batch", 2.0, lambda x: x + 1) == (3.0, metrics)
+    logits = torch.tensor(2.0, requires_grad=True)
+    loss, got = hook(ARGS, 7, 8, logits, lambda x: x + 1)
+    assert (float(loss.detach()), got) == (3.0, metrics)
     assert hook.form == form
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "returned None, expected (loss, metrics)"),
+        ((0.5, {}), "returned float 0.5, expected a scalar tensor"),
+        ((torch.ones(2), {}), "returned a tensor of shape [2], expected a scalar tensor"),
+        ((torch.ones(()), {}), "returned a loss without gradient"),
+        ((torch.ones((), requires_grad=True), None), "expected (loss, metrics) with a dict of metrics"),
+        ((torch.ones((), requires_grad=True), {"kl": "low"}), "metric 'kl' is str 'low', expected a number"),
+        ((torch.ones((), requires_grad=True), {"kl": torch.ones(3)}), "metric 'kl' is Tensor"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_cannot_be_trained_on(value: Any, says: str) -> None:
+    with function_registry.temporary("test:loss", lambda args, parallel_state, batch, logits, reduce: value):
+        hook = bind(Namespace(custom_loss_function_path="test:loss")).custom_loss_function
+        assert hook is not None
+        with pytest.raises(HookError) as caught:
+            hook(ARGS, None, {}, None, None)
+    assert says in str(caught.value)
 
 
 TIS = {
@@ -102,7 +127,21 @@ def test_bad_returns_of_the_trainer() -> None:
 
 
 def test_pg_reducer() -> None:
-    assert bound("custom_pg_loss_reducer_function", "training:reducer")([3], [2], [], True)([1, 2]) == 0.03
+    reduce = bound("custom_pg_loss_reducer_function", "training:reducer")([3], [2], [], True)
+    assert float(reduce(torch.tensor([1.0, 2.0]))) == pytest.approx(0.03)
+
+
+def test_errors_of_the_reducer_itself_are_told() -> None:
+    for reducer, says in (
+        (lambda values: values, "returned a tensor of shape [2], expected a scalar tensor"),
+        (lambda values: values / [], "TypeError: "),
+    ):
+        with function_registry.temporary("test:reducer", lambda *given, reducer=reducer: reducer):
+            hook = bind(Namespace(custom_pg_loss_reducer_function_path="test:reducer")).custom_pg_loss_reducer_function
+            assert hook is not None
+            with pytest.raises(HookError) as caught:
+                hook([3], [2], [], True)(torch.ones(2))
+        assert says in str(caught.value)
 
 
 def test_tis_with_an_unknown_argument() -> None:

@@ -7,7 +7,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from miles.config.flags import Section, above, at_least, between, flag, no_meaning_here, not_built
+from miles.config.flags import (
+    PATH,
+    PATH_WITHOUT_BRACES,
+    Section,
+    above,
+    at_least,
+    between,
+    flag,
+    no_meaning_here,
+    not_built,
+)
 
 ONE_PROCESS = "Training in several processes"
 ONE_ENGINE = "More than one engine, or an engine on several devices,"
@@ -21,8 +31,12 @@ class RunSettings(Section):
     Example: `RunSettings(run_dir="runs/quickstart", seed=0, deterministic=True, hook_policy={"custom-rm": "drop"})`
     """
 
-    config: str | None = flag(None, "YAML file of flags; the command line wins over it.", common=True, compare=False)
-    run_dir: str | None = flag(None, "Folder for the record of the run; runs/<timestamp> when unset.", common=True)
+    config: str | None = flag(
+        None, "YAML file of flags; the command line wins over it.", check=PATH, common=True, compare=False
+    )
+    run_dir: str | None = flag(
+        None, "Folder for the record of the run; runs/<timestamp> when unset.", check=PATH_WITHOUT_BRACES, common=True
+    )
     launcher: Literal["auto", "local", "ray"] = flag(
         "auto",
         "Who starts the processes of the run.",
@@ -49,7 +63,9 @@ class RunSettings(Section):
     quiet: bool = flag(False, "Print errors and the result, nothing else.")
     progress: Literal["auto", "bar", "plain", "none"] = flag("auto", "How progress is shown on the terminal.")
     custom_config_path: str | None = flag(
-        None, "YAML mapping whose keys become attributes of `args`, over everything else; for settings of plug-ins."
+        None,
+        "YAML mapping whose keys become attributes of `args`, over everything else; for settings of plug-ins.",
+        check=PATH,
     )
 
 

@@ -11,6 +11,7 @@ from miles.config.evaluation import EvalDatasetConfig
 from miles.config.flags import (
     FRACTION,
     JSON_OBJECT,
+    PATH,
     REQUIRED,
     TOP_K,
     Section,
@@ -33,7 +34,7 @@ class RolloutConfig(Section):
     """
 
     hf_checkpoint: str | None = flag(
-        None, "Hugging Face folder: tokenizer, architecture and first weights.", common=True
+        None, "Hugging Face folder: tokenizer, architecture and first weights.", check=PATH, common=True
     )
     model_name: str | None = flag(
         None,
@@ -103,7 +104,9 @@ class DataConfig(Section):
         "Do without a prompt file: the data source yields empty samples.",
         option="--disable-rollout-global-dataset",
     )
-    prompt_data: str | None = flag(None, "Training prompts, .jsonl or .parquet; path@[a:b] takes a slice.", common=True)
+    prompt_data: str | None = flag(
+        None, "Training prompts, .jsonl or .parquet; path@[a:b] takes a slice.", check=PATH, common=True
+    )
     apply_chat_template: bool = flag(False, "Render prompts with the tokenizer's chat template.", common=True)
     apply_chat_template_kwargs: dict[str, Any] = flag({}, "Further arguments of the chat template.", check=JSON_OBJECT)
     input_key: str = flag("input", "Column of the prompt.", common=True)
@@ -157,7 +160,9 @@ class EvalConfig(Section):
 
     eval_interval: int | None = flag(None, "Rollouts between two evaluations.", check=at_least(1), common=True)
     eval_prompt_data: list[str] | None = flag(None, "Evaluation sets as pairs: name path, name path, ...", common=True)
-    eval_config: str | None = flag(None, "YAML description of the evaluation sets, in place of --eval-prompt-data.")
+    eval_config: str | None = flag(
+        None, "YAML description of the evaluation sets, in place of --eval-prompt-data.", check=PATH
+    )
     skip_eval_before_train: bool = flag(False, "Do not evaluate before the first training step.")
     eval_input_key: str | None = flag(None, "Column of the prompt; as --input-key when unset.")
     eval_label_key: str | None = flag(None, "Column of the label; as --label-key when unset.")

@@ -42,7 +42,7 @@ class EngineConfig(Section):
         None, "Requests that are decoded together; the others wait.", check=at_least(1)
     )
     sglang_max_total_tokens: int | None = flag(
-        None, "Most tokens in the KV cache.", check=at_least(1), status=no_meaning_here(SGLANG_ONLY)
+        None, "Most tokens in the KV cache; a share of the free memory when unset.", check=at_least(2)
     )
     sglang_enable_deterministic_inference: bool = flag(False, "Give every sample a seed of its own.")
     sglang_mem_fraction_static: float | None = flag(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from miles.config.flags import (
     JSON_OBJECT,
+    PATH,
     Check,
     Section,
     above,
@@ -167,9 +168,14 @@ class CheckpointConfig(Section):
     """What is loaded and saved."""
 
     load: str | None = flag(
-        None, "Folder to resume from: the --save of an earlier run. {run_dir} in it is the run directory.", common=True
+        None,
+        "Folder to resume from: the --save of an earlier run. {run_dir} in it is the run directory.",
+        check=PATH,
+        common=True,
     )
-    save: str | None = flag(None, "Folder of the checkpoints. {run_dir} in it is the run directory.", common=True)
+    save: str | None = flag(
+        None, "Folder of the checkpoints. {run_dir} in it is the run directory.", check=PATH, common=True
+    )
     save_interval: int | None = flag(None, "Rollouts between two checkpoints.", check=at_least(1), common=True)
     async_save: bool = flag(False, "Write checkpoints in the background.", status=not_built("Asynchronous saving"))
     no_save_optim: bool = flag(False, "Leave the optimizer out of the checkpoints.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from miles.config.flags import Check, Section, at_least, flag, no_meaning_here, not_built, template
+from miles.config.flags import PATH, Check, Section, at_least, flag, no_meaning_here, not_built, template
 from miles.config.sections.training import PROFILER, SNAPSHOTS
 
 CHECKS = "This check of the test suite"
@@ -51,10 +51,12 @@ class DebugConfig(Section):
     debug_rollout_only: bool = flag(False, "Only roll out; nothing is trained.")
     debug_train_only: bool = flag(False, "Only train; no engine is started.")
     save_debug_rollout_data: str | None = flag(
-        None, "Save the samples of each rollout: a path with {rollout_id} in it.", check=template("rollout_id")
+        None,
+        "Save the samples of each rollout: a path with {rollout_id} in it.",
+        check=template("rollout_id", values=(0, "eval_0")),
     )
     load_debug_rollout_data: str | None = flag(
-        None, "Train on saved samples; turns on --debug-train-only. A path with {rollout_id} in it."
+        None, "Train on saved samples; turns on --debug-train-only. A path with {rollout_id} in it.", check=PATH
     )
     load_debug_rollout_data_subsample: float | None = flag(
         None, "Fraction of the saved samples to take.", check=Check("a value > 0 and <= 1", lambda v: 0 < v <= 1)
@@ -62,9 +64,9 @@ class DebugConfig(Section):
     save_debug_train_data: str | None = flag(
         None,
         "Save each train batch: a path with {rollout_id} and {rank} in it.",
-        check=template("rollout_id"),
+        check=template("rollout_id", "rank"),
     )
-    dump_details: str | None = flag(None, "Folder for samples, train batches and tokenizer.")
+    dump_details: str | None = flag(None, "Folder for samples, train batches and tokenizer.", check=PATH)
     memory_snapshot_dir: str = flag(".", "Folder of memory snapshots.", status=not_built(SNAPSHOTS))
     memory_snapshot_num_steps: int | None = flag(
         None, "Rollouts that a snapshot covers.", check=at_least(1), status=not_built(SNAPSHOTS)

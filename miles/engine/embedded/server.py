@@ -234,7 +234,14 @@ async def serve_in_loop(
         async with serve_in_loop(create_app(engine), "127.0.0.1", 0) as url:
             register_local_engine(url, engine)
     """
-    listener = bind_port(host, port, flag=flag)
+    async with serve_on(app, bind_port(host, port, flag=flag)) as url:
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def serve_on(app: FastAPI, listener: socket.socket) -> AsyncIterator[str]:
+    """The same on a socket that listens already; it is closed at the end."""
+    host = listener.getsockname()[0]
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listener.getsockname()[1]}"
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)

@@ -57,7 +57,7 @@ REFUSALS = [
     (["--hook-policy", "drop"], "--hook-policy: expected NAME=VALUE, got 'drop'."),
     (
         ["--save-debug-rollout-data", "x.pt"],
-        "--save-debug-rollout-data: expected a path with {rollout_id} in it, got 'x.pt'.",
+        "--save-debug-rollout-data: expected a path with {rollout_id} in it, and no other braces, got 'x.pt'.",
     ),
     (["--optimizer", "sgd"], "--optimizer: expected adam (which is AdamW), got 'sgd'."),
     (["--use-tis", "true"], "command line: 'true' belongs to no flag."),

@@ -111,8 +111,16 @@ def test_new_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_replay_of_what_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"expected a folder with the call\.json"):
+    with pytest.raises(UsageError, match=r"but there is no such folder"):
+        replay_main([str(tmp_path / "none")])
+    with pytest.raises(UsageError, match=r"but it has no call\.json(.|\n)*RUN_DIR/failures"):
         replay_main([str(tmp_path)])
-    (tmp_path / "call.json").write_text("{}")
-    with pytest.raises(UsageError, match="another version"):
-        replay_main([str(tmp_path)])
+    for content, says in (
+        ("{", "expected a folder with the call.json"),
+        ("[]", "expected the JSON object of a failed call, got a list"),
+        ("{}", "another version"),
+        ('{"version": 1, "plug_point": "custom_rm"}', "damaged or incomplete"),
+    ):
+        (tmp_path / "call.json").write_text(content)
+        with pytest.raises(UsageError, match=says):
+            replay_main([str(tmp_path)])
