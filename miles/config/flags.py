@@ -199,7 +199,7 @@ class Flag:
             if not (name and separator and value):
                 raise ValueError(text)
             return name, value
-        if "\0" in text or not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+        if "\0" in text or (not text.isascii() and text.encode("utf-8", "replace").decode() != text):
             raise FlagError(self.option, given=text, expected="text in UTF-8 without NUL characters")
         return text
 

@@ -81,9 +81,15 @@ def _facts(config: dict[str, Any]) -> ModelFacts:
     return ModelFacts(
         architecture=str(names[0]) if isinstance(names, list) and names else None,
         vocab_size=number("vocab_size"),
-        context_length=number("max_position_embeddings"),
+        context_length=None if _is_stretched(numbers) else number("max_position_embeddings"),
         num_layers=number("num_hidden_layers"),
     )
+
+
+def _is_stretched(numbers: dict[str, Any]) -> bool:
+    """Whether rotary scaling makes the context longer than max_position_embeddings says."""
+    scaling = numbers.get("rope_scaling") or numbers.get("rope_parameters")
+    return isinstance(scaling, dict) and scaling.get("factor", 1.0) != 1.0
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -138,7 +144,8 @@ def _files(folder: Path) -> Iterable[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{FLAG} {folder}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:4])}. {_COPY}"
+            f"{FLAG} {folder}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:4])}. "
+            + _COPY
         )
     return [folder / name for name in names]
 
@@ -172,5 +179,6 @@ def _check_layers(folder: Path, facts: ModelFacts, tensors: Tensors) -> None:
     embedding = next((s for n, s in tensors.items() if n.endswith("embed_tokens.weight")), None)
     if facts.vocab_size is not None and embedding is not None and embedding[0] != facts.vocab_size:
         raise CheckpointError(
-            f"{FLAG} {folder}: config.json speaks of {facts.vocab_size} tokens, the weights hold {embedding[0]}. {_COPY}"
+            f"{FLAG} {folder}: config.json speaks of {facts.vocab_size} tokens, the weights hold {embedding[0]}. "
+            + _COPY
         )

@@ -48,7 +48,8 @@ def refuse_missing(draft: Draft) -> None:
     missing += [text for text, present in ALTERNATIVES if not present(draft)]
     if missing:
         given = "required, but not given." if len(missing) == 1 else "all of these are required, but not given."
-        raise FlagError(", ".join(missing), given=given, remedy=" ".join(n for n in draft.notices if n.startswith("--config ")))
+        empty_file = [n for n in draft.notices if n.startswith("--config ")]
+        raise FlagError(", ".join(missing), given=given, remedy=" ".join(empty_file))
 
 
 DEFAULT_DATA_SOURCE = FLAGS["data_source_path"].default

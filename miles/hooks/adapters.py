@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +118,19 @@ def rollout_output(value: Any, input: RolloutFnInput) -> RolloutFnTrainOutput | 
             if not isinstance(entry, dict) or "rewards" not in entry:
                 raise BadReturn("type", f"data set {name!r} has no 'rewards'", "each data set needs a list of rewards")
     else:
-        of_type(output.samples, (list, tuple), "a list of groups")
+        groups = of_type(output.samples, (list, tuple), "a list of groups")
+        stray = next((s for s in _leaves(groups) if not isinstance(s, Sample)), None)
+        if stray is not None:
+            raise BadReturn("type", f"returned groups that hold a {type(stray).__name__}, expected Samples")
     return output
+
+
+def _leaves(nested: Any) -> Iterator[Any]:
+    for entry in nested:
+        if isinstance(entry, (list, tuple)):
+            yield from _leaves(entry)
+        else:
+            yield entry
 
 
 # ---- one sample ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from miles.hooks.point import Form, PlugPoint, Policy, parse_policy
 from miles.hooks.problems import at_place, described, expected_forms, load_problem, problem
 from miles.hooks.source import source_of
 from miles.hooks.threads import Threads
+from miles.hooks.values import BadReturn
 
 DEFAULT_ERROR_BUDGET = 0.05
 
@@ -99,6 +100,17 @@ class Hooks:
         """Start counting anew against the error budget."""
         for hook in self._all:
             hook.stats.begin_rollout()
+
+    def reject(self, message: str, *names: str) -> None:
+        """Raise HookError where the user's own plug-ins among `names` may have made what `message` complains of.
+
+        The first of them that is bound gets the card; the others are named in it. Returns where none is bound.
+        """
+        bound = [hook for name in names if (hook := getattr(self, name)) is not None and not hook.is_built_in]
+        if not bound:
+            return
+        others = ", ".join(hook.point.flag for hook in bound[1:])
+        bound[0].reject(BadReturn("type", message, f"the samples went through {others}, too" if others else ""))
 
     def stats(self) -> dict[str, float]:
         """`hooks/<name>/{calls,failures,total_s,max_s}` since the run began, for plug-ins that were called."""

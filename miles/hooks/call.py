@@ -93,6 +93,11 @@ class Hook:
         self.__name__ = point.name
 
     @property
+    def is_built_in(self) -> bool:
+        """Whether the plug-in is one of miles itself: a default, or another that a flag names."""
+        return self.source.file is not None and is_built_in(self.source.file)
+
+    @property
     def in_thread(self) -> bool:
         """Whether the calls leave the event loop: a synchronous function at an awaited plug point."""
         return self.point.awaited and not is_async(self.target if self.state_holder is None else self.state_holder)
@@ -432,7 +437,7 @@ class RolloutHook(Hook):
     def _raise_if_passing(self, error: BaseException) -> None:
         """What an engine says to the built-in functions is no plug-in's fault; it says itself what is wrong."""
         _raise_if_passing(error)
-        if isinstance(error, EngineError) and self.source.file is not None and is_built_in(self.source.file):
+        if isinstance(error, EngineError) and self.is_built_in:
             raise error
 
 

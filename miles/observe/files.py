@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,26 +23,62 @@ _NO_DIRECTORY = {errno.ENOTDIR, errno.EEXIST}
 _GONE = {errno.ENOENT, errno.ESTALE}
 
 
-def _remedy(error: OSError) -> str:
-    if error.errno in _NO_SPACE:
-        return "Free some space or give another place with --run-dir; files written before are intact."
-    if error.errno in _NO_PERMISSION:
-        return "Give a directory that this user may write to with --run-dir."
-    if error.errno in _NO_DIRECTORY:
-        return "A file is in the way; give another directory with --run-dir."
-    if error.errno in _GONE:
-        return "The directory is gone or cannot be created; give another one with --run-dir."
-    return "Give another directory with --run-dir."
+def _remedy(number: int | None, flag: str) -> str:
+    if number in _NO_SPACE:
+        return f"Free some space or give another place with {flag}; files written before are intact."
+    if number in _NO_PERMISSION:
+        return f"Give a directory that this user may write to with {flag}."
+    if number in _NO_DIRECTORY:
+        return f"A file is in the way; give another directory with {flag}."
+    if number in _GONE:
+        return f"The directory is gone or cannot be created; give another one with {flag}."
+    return f"Give another directory with {flag}."
+
+
+# safetensors hides the number of an I/O error in its text; torch's zip writer says no more than that it failed.
+_HIDDEN_NUMBER = re.compile(r"os error (\d+)")
+_TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "failed writing file")
+
+
+def _hidden(error: Exception) -> tuple[int | None, str] | None:
+    """(errno, reason) of an I/O error in another guise; None for what is none."""
+    text = str(error)
+    found = _HIDDEN_NUMBER.search(text)
+    if found is not None:
+        return int(found[1]), os.strerror(int(found[1]))
+    if isinstance(error, RuntimeError) and any(sign in text for sign in _TORCH_WRITER):
+        return errno.ENOSPC, "the file could not be written to its end"
+    return None
 
 
 @contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn an `OSError` inside the block into a `RunDirError` that names `path` and the remedy."""
+def disk_errors(path: str | Path, flag: str = "--run-dir") -> Iterator[None]:
+    """Turn an I/O error inside the block into a `RunDirError` that names `path` and, with `flag`, the remedy.
+
+    I/O errors are `OSError`, and what safetensors and `torch.save` make of one.
+    """
     try:
         yield
+    except RunDirError:
+        raise
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise RunDirError(f"{path}: cannot be written: {reason}. {_remedy(error)}") from error
+        raise RunDirError(f"{path}: cannot be written: {reason}. {_remedy(error.errno, flag)}") from error
+    except Exception as error:
+        hidden = _hidden(error)
+        if hidden is None:
+            raise
+        raise RunDirError(f"{path}: cannot be written: {hidden[1]}. {_remedy(hidden[0], flag)}") from error
+
+
+def prepare_folder(path: str | Path, flag: str) -> None:
+    """Make a folder that will be written to, and write to it now, not after hours. RunDirError names `flag`."""
+    folder = Path(path)
+    with disk_errors(folder, flag):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_name(folder / "probe")
+        probe.touch()
+        probe.unlink()
 
 
 def temporary_name(path: Path) -> Path:

@@ -222,6 +222,7 @@ class Tracker:
         self.record = record
         self.sinks = list(sinks)
         self.rollout_id: int | None = None
+        self._skipped_steps = 0
 
     @classmethod
     def open(
@@ -250,10 +251,23 @@ class Tracker:
 
         Raises RunDirError when the record cannot be written.
         """
+        of_rollout = self.rollout_id if rollout_id is None else rollout_id
+        if as_number(metrics.get("train/skipped_step")):
+            self._tell_skipped(metrics, of_rollout)
         if self.record is not None:
-            self.record.log(metrics, rollout_id=self.rollout_id if rollout_id is None else rollout_id)
+            self.record.log(metrics, rollout_id=of_rollout)
         for sink in self.sinks:
             sink.log(metrics, step_key)
+
+    def _tell_skipped(self, metrics: Mapping[str, Any], rollout_id: int | None) -> None:
+        """Warn of the first, second, fourth, eighth ... skipped step: a run that learns nothing must say so."""
+        self._skipped_steps += 1
+        if self._skipped_steps & (self._skipped_steps - 1) == 0:
+            logger.warning(
+                "rollout %s: the gradient is not finite (norm %s, loss %s). The optimizer step was skipped and the "
+                "weights stay as they were; %d skipped so far. Look at the rewards, --lr and any loss of your own.",
+                rollout_id, metrics.get("train/grad_norm"), metrics.get("train/loss"), self._skipped_steps,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Finish all sinks; the record belongs to the run and stays open."""

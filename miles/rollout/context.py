@@ -27,6 +27,8 @@ class RunContext:
     hooks: Hooks
     client: EngineClient
     seeds_each_sample: bool = False
+    # What the run has been told once and need not hear again.
+    told: set[str] = field(default_factory=set)
     _extra: dict[tuple[str, str], Hook] = field(default_factory=dict)
 
     def hook(self, name: str, args: Namespace) -> Hook | None:
@@ -55,6 +57,11 @@ def install(context: RunContext | None) -> None:
     """Make `context` the one of this process; None forgets it."""
     global _current
     _current = context
+
+
+def installed() -> RunContext | None:
+    """The context of the run in this process; None outside a run."""
+    return _current
 
 
 def current(args: Namespace) -> RunContext:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from miles.errors import FlagError, UsageError
+from miles.errors import FlagError, RunDirError, UsageError
 from miles.hooks import load_function
-from miles.rollout import data_state
+from miles.rollout import data_state, limits
 from miles.rollout.dataset import Dataset
 from miles.rollout.tokenizer import load_processor, load_tokenizer
 from miles.types import Group, Sample
@@ -258,9 +258,14 @@ def _load_dataset(args: Namespace) -> Dataset:
     tokenizer = load_tokenizer(args.hf_checkpoint, trust_remote_code=True)
     processor = load_processor(args.hf_checkpoint, trust_remote_code=True)
     if args.dump_details is not None:
-        tokenizer.save_pretrained(str(Path(args.dump_details) / "tokenizer"))
-        if processor is not None:
-            processor.save_pretrained(str(Path(args.dump_details) / "processor"))
+        try:
+            tokenizer.save_pretrained(str(Path(args.dump_details) / "tokenizer"))
+            if processor is not None:
+                processor.save_pretrained(str(Path(args.dump_details) / "processor"))
+        except OSError as error:
+            raise RunDirError(
+                f"--dump-details: {args.dump_details} cannot be written ({error.strerror}). Name another folder."
+            ) from error
     return Dataset(
         args.prompt_data,
         tokenizer,
@@ -274,4 +279,5 @@ def _load_dataset(args: Namespace) -> Dataset:
         seed=args.rollout_seed,
         apply_chat_template=args.apply_chat_template,
         apply_chat_template_kwargs=args.apply_chat_template_kwargs,
+        context_length=limits.for_prompts_of(args),
     )

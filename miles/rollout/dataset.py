@@ -12,7 +12,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 _SLICE = re.compile(r"(?P<path>.*)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]")
+# A tokenizer may put a few tokens of its own before the text.
+MOST_ADDED_TOKENS = 8
+
 EXCERPT_LENGTH = 60  # characters of a bad line that are shown
 
 
@@ -90,7 +93,7 @@ def _json_object(name: str, number: int, line: bytes) -> Row:
             name, f"expected text in UTF-8, got byte 0x{line[error.start]:02x} at column {error.start + 1}.",
             line=number, remedy="Save the file as UTF-8.",
         ) from error  # fmt: skip
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             name, f"expected a JSON object, got {_excerpt(line.decode('utf-8'))} ({error}).",
             line=number, remedy="Mend or delete the line.",
@@ -156,6 +159,7 @@ class _Reader:
         if tools is not None:
             metadata["tools"] = tools
         prompt = self._prompt(line, row)
+        self._check_text(line, prompt)
         return Sample(
             prompt=self._render(line, prompt, tools) if self.renders else prompt,
             label=None if self.label_key is None else self._required(line, row, self.label_key, "--label-key"),
@@ -185,6 +189,16 @@ class _Reader:
         if self.media:
             return split_placeholders(self.path, line, prompt, row, self.media)
         return prompt
+
+    def _check_text(self, line: int, prompt: str | list[Row]) -> None:
+        """JSON can spell half of a character, at which tokenizers raise a TypeError."""
+        try:
+            (prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, default=repr)).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                self.path, f"the prompt holds half of a character, {error.object[error.start]!r}.",
+                line=line, remedy="Mend the text; a character above \\uffff is written as two of them.",
+            ) from error  # fmt: skip
 
     def _metadata(self, line: int, row: Row) -> Row:
         metadata = row.get(self.metadata_key) or {}
@@ -253,12 +267,39 @@ def prompt_lengths(
 ) -> list[int]:
     """Tokens of each prompt as the engine will see it: rendered where it is a message list, media included."""
     texts = [s.prompt if isinstance(s.prompt, str) else _rendered(s, tokenizer) for s in samples]
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
     if processor is not None:
         for i, sample in enumerate(samples):
             if sample.multimodal_inputs:
                 lengths[i] = len(processor(text=texts[i], **sample.multimodal_inputs)["input_ids"][0])
     return lengths
+
+
+def refuse_what_the_engine_would(
+    path: str, prompts: Iterable[tuple[int, Sample]], tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> None:
+    """Raise DataError for the first prompt that is empty, or so long that no token of a response would fit.
+
+    `prompts` come with their lines. Only texts that could be too long are tokenized: a token has at least one byte.
+    """
+    suspects: list[tuple[int, Sample]] = []
+    for line, sample in prompts:
+        text = sample.prompt if isinstance(sample.prompt, str) else _rendered(sample, tokenizer)
+        if not text:
+            raise DataError(path, "the prompt is empty.", line=line, remedy="Expected some text; delete the line.")
+        if len(text.encode()) + MOST_ADDED_TOKENS >= context_length:
+            suspects.append((line, sample))
+    lengths = prompt_lengths([sample for _, sample in suspects], tokenizer, None) if suspects else []
+    too_long = [(line, n) for (line, _), n in zip(suspects, lengths, strict=True) if n >= context_length]
+    if too_long:
+        line, length = too_long[0]
+        others = f", and {len(too_long) - 1} more prompts likewise" if len(too_long) > 1 else ""
+        raise DataError(
+            path, f"a prompt of {length} tokens leaves no room for a response in the model's context of "
+            f"{context_length}{others}.",
+            line=line, remedy=f"Leave such prompts out with --rollout-max-prompt-len {context_length - 1} (for "
+            "evaluation data --eval-max-prompt-len), or shorten them.",
+        )  # fmt: skip
 
 
 def _rendered(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -295,8 +336,8 @@ class Dataset:
     Example: `Dataset("train.jsonl", tokenizer, None, 512, prompt_key="prompt", label_key="label")[0]` is
     `Sample(prompt="859+467=?", label="1326")`.
 
-    Raises DataError (see `read_rows`; a missing key; no row; every prompt longer than `max_length` tokens) and
-    FlagError (no chat template to apply).
+    Raises DataError (see `read_rows`; a missing key; no row; every prompt longer than `max_length` tokens; a prompt
+    that leaves no room for a response in `context_length` tokens) and FlagError (no chat template to apply).
     """
 
     def __init__(
@@ -314,6 +355,7 @@ class Dataset:
         seed: int = 42,
         apply_chat_template: bool = False,
         apply_chat_template_kwargs: dict[str, Any] | None = None,
+        context_length: int | None = None,
     ) -> None:
         reader = _Reader(
             path,
@@ -327,7 +369,8 @@ class Dataset:
             apply_chat_template=apply_chat_template,
             apply_chat_template_kwargs=apply_chat_template_kwargs,
         )
-        everything = [reader.sample(line, row) for line, row in read_rows(path)]
+        numbered = [(line, reader.sample(line, row)) for line, row in read_rows(path)]
+        everything = [sample for _, sample in numbered]
         if not everything:
             raise DataError(path, "the data set is empty.", remedy="Expected at least one row.")
         if reader.media:
@@ -339,6 +382,10 @@ class Dataset:
                 f"{min(prompt_lengths(everything, tokenizer, processor))}.",
                 remedy="Raise --rollout-max-prompt-len (for evaluation data --eval-max-prompt-len).",
             )  # fmt: skip
+        if context_length is not None and processor is None:
+            kept = set(map(id, self.origin_samples))
+            prompts = ((line, sample) for line, sample in numbered if id(sample) in kept)
+            refuse_what_the_engine_would(reader.path, prompts, tokenizer, context_length)
         self.samples = self.origin_samples
         self.epoch_id = -1
         self.seed = seed

@@ -12,6 +12,7 @@ from typing import Any
 
 from miles.config.evaluation import EvalDatasetConfig
 from miles.errors import FlagError
+from miles.rollout import limits
 from miles.rollout.dataset import Dataset
 from miles.rollout.sample import gather_or_cancel, generate_and_rm
 from miles.rollout.state import GenerateState, compute_sampling_params
@@ -74,6 +75,12 @@ async def evaluate_dataset(
     }
 
 
+def load_all(state: GenerateState, cache: DatasetCache) -> None:
+    """Read every evaluation data set now, so that what is wrong with one is said before any training."""
+    for dataset in state.args.eval_datasets:
+        load_prompts(state, dataset, cache)
+
+
 def load_prompts(state: GenerateState, dataset: EvalDatasetConfig, cache: DatasetCache) -> Dataset:
     args: Namespace = state.args
     key = (*dataset.cache_key, args.hf_checkpoint, args.apply_chat_template)
@@ -90,5 +97,6 @@ def load_prompts(state: GenerateState, dataset: EvalDatasetConfig, cache: Datase
             tool_key=dataset.tool_key,
             apply_chat_template=args.apply_chat_template,
             apply_chat_template_kwargs=args.apply_chat_template_kwargs,
+            context_length=limits.for_prompts_of(args),
         )
     return cache[key]

@@ -17,10 +17,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from miles.errors import UsageError
+from miles.hooks import ObjectHook
+from miles.hooks.values import BadReturn, Kind
 from miles.rollout.filter_hub.base_types import MetricGatherer
 from miles.rollout.sample import first_sample, generate_and_rm_group, valid
 from miles.rollout.state import GenerateState
@@ -28,8 +31,8 @@ from miles.types import Group, RolloutFnTrainOutput, Sample
 
 logger = logging.getLogger(__name__)
 
-# A filter that has dropped this many times the target without filling a batch is worth a warning.
-DROPS_PER_WARNING = 4
+# A rollout that has dropped this many times its target is worth a warning, and again at each doubling.
+DROPS_BEFORE_WARNING = 4
 MIN_VALID_PER_GROUP = 2
 
 GetSamples = Callable[[int], list[Group]]
@@ -71,22 +74,47 @@ class _Collection:
         self.kept: list[Group] = []
         self.all: list[Group] = []
         self._submitted = self._dropped = 0
+        self._reasons: Counter[str] = Counter()
+        self._warn_at = DROPS_BEFORE_WARNING * self.target
 
     def fetch(self) -> None:
         """Fill up until the groups kept and in flight could make a batch."""
         while len(self.kept) + len(self.in_flight) < self.target:
-            groups = self.get_samples(self.args.over_sampling_batch_size)
+            groups = self._next_groups(self.args.over_sampling_batch_size)
             if not groups:
-                if self.in_flight:
-                    return
-                raise UsageError(
-                    f"--data-source-path: get_samples({self.args.over_sampling_batch_size}) returned no groups while "
-                    f"rollout {self.rollout_id} still needs {self.target - len(self.kept)}. Expected at least one; "
-                    "check the prompt data and the buffer filter."
-                )
+                return
             for task in submit_groups(self.state, groups):
                 self.in_flight[task] = self._submitted
                 self._submitted += 1
+
+    def _next_groups(self, count: int) -> list[Group]:
+        """`get_samples(count)`, checked; [] where there are no more and tasks in flight may still fill the batch."""
+        source = source_of_method(self.state, self.get_samples)
+        groups = self.get_samples(count) if source is None else source.enter(self.get_samples, count)
+        size = self.args.n_samples_per_prompt
+        if not groups and not self.in_flight:
+            self._refuse_groups(
+                "none", f"get_samples({count}) returned no groups while rollout {self.rollout_id} still needs "
+                f"{self.target - len(self.kept)}", "check the prompt data and the buffer filter",
+            )  # fmt: skip
+        for group in groups or []:
+            if not isinstance(group, list) or not all(isinstance(s, Sample) for s in group):
+                self._refuse_groups(
+                    "type", f"get_samples({count}) returned a list of {type(group).__name__}, expected groups: lists "
+                    "of Samples", "one inner list per prompt",
+                )  # fmt: skip
+            if len(group) != size:
+                self._refuse_groups(
+                    "length", f"get_samples({count}) returned a group of {len(group)} samples", f"each prompt has "
+                    f"{size}: --n-samples-per-prompt",
+                )  # fmt: skip
+        return groups or []
+
+    def _refuse_groups(self, kind: Kind, found: str, hint: str) -> NoReturn:
+        source = source_of_method(self.state, self.get_samples)
+        if source is None:
+            raise UsageError(f"--data-source-path: {found} ({hint}).")
+        source.reject(BadReturn(kind, found, hint))
 
     async def collect(self) -> None:
         """Wait until at least one group has finished and decide about every finished one, in order of submission."""
@@ -94,7 +122,6 @@ class _Collection:
         for task in sorted(done, key=self.in_flight.__getitem__):
             del self.in_flight[task]
             group = task.result()
-            assert len(group) == self.args.n_samples_per_prompt, f"a group of {len(group)} samples came back"
             self.all.append(group)
             if self._passes(group) and len(self.kept) < self.target:
                 self.kept.append(group)
@@ -111,10 +138,15 @@ class _Collection:
     def _drop(self, reason: str | None) -> bool:
         self.metrics.on_dynamic_filter_drop(reason)
         self._dropped += 1
-        if self._dropped % (DROPS_PER_WARNING * self.target) == 0:
+        self._reasons[reason or "no reason given"] += 1
+        if self._dropped == self._warn_at:
+            self._warn_at *= 2
+            reasons = ", ".join(f"{why}: {count}" for why, count in self._reasons.most_common())
             logger.warning(
-                "rollout %d: %d groups dropped, %d of %d kept so far (%s)",
-                self.rollout_id, self._dropped, len(self.kept), self.target, self.metrics.collect(),
+                "rollout %d does not get on: %d of %d finished groups were dropped (%s); %d of the %d that it needs "
+                "are kept. It goes on until enough are; %s decides.",
+                self.rollout_id, self._dropped, len(self.all), reasons, len(self.kept), self.target,
+                "a failed score" if self.filter is None else f"--dynamic-sampling-filter-path {self.filter.path}",
             )  # fmt: skip
         return False
 
@@ -144,6 +176,22 @@ class _Collection:
         log_ends(self.kept)
         apply_final_hooks(self.state, self.args, self.kept, self.all, self.get_samples)
         return RolloutFnTrainOutput(samples=self.kept, metrics=self.metrics.collect())
+
+
+def give_back(state: GenerateState, add_samples: Callable[[list[Group]], None], groups: list[Group]) -> None:
+    """Hand unfinished groups to the data source, through the door where it is the run's own."""
+    source = source_of_method(state, add_samples)
+    if source is None:
+        add_samples(groups)
+    else:
+        source.enter(add_samples, groups)
+
+
+def source_of_method(state: GenerateState, method: Callable[..., Any]) -> ObjectHook | None:
+    """The run's data source, where it is the object that `method` belongs to."""
+    hook = state.context.hook("data_source", state.args)
+    owner = getattr(method, "__self__", None)
+    return hook if isinstance(hook, ObjectHook) and owner is not None and hook.state_holder is owner else None
 
 
 def mark_started(groups: Iterable[Group], rollout_id: int) -> None:

@@ -113,6 +113,11 @@ async def generate_rollout_async(
     return await loop.generate_rollout(_state_for(args), rollout_id, data_source)
 
 
+def load_eval_data(args: Namespace) -> None:
+    """Read the evaluation data sets before they are needed. Raises DataError."""
+    _evaluate.load_all(_state_for(args), EVAL_PROMPT_DATASET)
+
+
 async def eval_rollout(args: Namespace, rollout_id: int) -> tuple[RolloutFnEvalOutput, list[Group]]:
     return await _evaluate.evaluate(_state_for(args), EVAL_PROMPT_DATASET), []
 
@@ -129,5 +134,5 @@ def generate_rollout(
     if evaluation:
         return run(eval_rollout(args, rollout_id))[0]
     output, aborted = run(generate_rollout_async(args, rollout_id, data_source.get_samples))
-    data_source.add_samples(aborted)
+    loop.give_back(_state_for(args), data_source.add_samples, aborted)
     return output

@@ -17,24 +17,33 @@ The manager runs in a thread (or an actor) of its own; rollout functions run the
 from __future__ import annotations
 
 import logging
+import os
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 
 from miles.batch import TrainBatch, TrimmedRollout, flatten_groups, split_batch, trim_rollout
 from miles.config import RunConfig
+from miles.config.model_folder import facts_of
 from miles.engine.client import EngineClient
-from miles.errors import UsageError
+from miles.errors import FlagError, UsageError
 from miles.hooks import Hooks
+from miles.hooks.values import BadReturn
 from miles.observe import debug_data
 from miles.observe import metrics as M
+from miles.observe.files import prepare_folder
 from miles.observe.record import RunRecord
 from miles.observe.tracking import Tracker
+from miles.rollout import sglang_rollout
 from miles.rollout.data_source import RolloutDataSource
+from miles.rollout.evaluate import load_all
+from miles.rollout.inference_rollout.inference_rollout_common import InferenceRolloutFn
 from miles.rollout.loop_thread import run
 from miles.run.conversion import convert
 from miles.types import (
@@ -48,6 +57,17 @@ from miles.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Who may have made samples and columns that no batch can be made of, the likeliest first.
+MAKERS = (
+    "custom_convert_samples_to_train_data",
+    "rollout_function",
+    "custom_generate_function",
+    "custom_rm",
+    "rollout_sample_filter",
+    "rollout_all_samples_process",
+    "data_source",
+)
 
 
 @dataclass(frozen=True)
@@ -94,12 +114,25 @@ class RolloutManager:
     ) -> None:
         self.config, self.args, self.hooks, self.client = config, args, hooks, client
         self.tracker, self.record, self._dp_size = tracker, record, dp_size
+        facts = facts_of(str(config.rollout.hf_checkpoint))
+        self._vocab_size = None if facts is None else facts.vocab_size
+        for flag, folder in outputs(config):
+            prepare_folder(folder, flag)
         self.data_source: Any = hooks.data_source(args)
         if hooks.buffer_filter is not None:
             self.data_source.buffer_filter = hooks.buffer_filter
         given = RolloutFnConstructorInput(args=args, data_source=self.data_source)
         self._rollout_fn = hooks.rollout_function.build(given)
         self._eval_fn = hooks.eval_function.build(given)
+        if config.eval.eval_interval is not None and not config.debug.debug_train_only:
+            self._read_eval_data()
+
+    def _read_eval_data(self) -> None:
+        """What is wrong with an evaluation set is said now, and not after the training that it is to judge."""
+        if isinstance(self._eval_fn, InferenceRolloutFn):
+            load_all(self._eval_fn.state, self._eval_fn.eval_prompt_dataset_cache)
+        elif self.hooks.eval_function.target is sglang_rollout.generate_rollout:
+            sglang_rollout.load_eval_data(self.args)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -111,14 +144,17 @@ class RolloutManager:
         output = self._samples(rollout_id)
         seconds = time.perf_counter() - begin
         flat = flatten_groups(output.samples)
-        trimmed = self._trim(flat)
+        with self._rejecting("rollout_function", "custom_generate_function"):
+            trimmed = self._trim(flat)
         samples = trimmed.samples
         if self.config.debug.save_debug_rollout_data:
             debug_data.save(self.config.debug.save_debug_rollout_data, rollout_id, samples)
         scored = [s for s in samples if not is_failed(s)]
         logged = self._log_rollout(rollout_id, samples, output.metrics, seconds)
         self.record.write_rollout(rollout_id, samples)
-        batch = convert(self.config, self.args, self.hooks, samples)
+        with self._rejecting(*MAKERS):
+            batch = convert(self.config, self.args, self.hooks, samples)
+            self._check_vocabulary(batch)
         return RolloutReport(
             rollout_id=rollout_id,
             shards=split_batch(batch, self._dp_size(), balance=self.config.data.balance_data),
@@ -130,6 +166,26 @@ class RolloutManager:
             failed_scores=len(samples) - len(scored),
             metrics=logged,
         )
+
+    @contextmanager
+    def _rejecting(self, *names: str) -> Iterator[None]:
+        """What batches cannot be made of is told as a failure of the plug-in that made it, where there is one."""
+        try:
+            yield
+        except UsageError as error:
+            self.hooks.reject(str(error), *names)
+            raise
+
+    def _check_vocabulary(self, batch: TrainBatch) -> None:
+        """The model's embedding has a row for each token id, and none for any other."""
+        size = self._vocab_size
+        wrong = np.flatnonzero((batch.tokens < 0) | (batch.tokens >= size)) if size is not None else ()
+        if len(wrong):
+            row = int(np.searchsorted(batch.token_offsets, wrong[0], side="right")) - 1
+            raise UsageError(
+                f"{batch.name_of(row)} has the token id {batch.tokens[wrong[0]]}, expected ids from 0 to {size - 1}, "
+                "the vocabulary of --hf-checkpoint. Take ids from the tokenizer of that folder."
+            )
 
     def _trim(self, samples: list[Sample]) -> TrimmedRollout:
         """Recorded samples are taken as they are; without a trainer there is no step to fill."""
@@ -152,10 +208,8 @@ class RolloutManager:
             return RolloutFnTrainOutput(samples=[loaded])
         output = self.hooks.rollout_function.run(self._rollout_fn, RolloutFnTrainInput(rollout_id), run)
         if not output.samples:
-            raise UsageError(
-                f"--rollout-function-path {self.hooks.rollout_function.path}: rollout {rollout_id} returned no "
-                "samples. Expected a non-empty list of groups."
-            )
+            problem = f"rollout {rollout_id} returned no samples, expected a non-empty list of groups"
+            self.hooks.rollout_function.reject(BadReturn("none", problem))
         return output
 
     def _log_rollout(
@@ -222,7 +276,7 @@ class RolloutManager:
     def save(self, rollout_id: int) -> None:
         """Data position, buffer and plug-in state after `rollout_id`."""
         if self.config.data.rollout_global_dataset:
-            self.data_source.save(rollout_id)
+            self.hooks.data_source.enter(self.data_source.save, rollout_id)
         # The default data source writes all of its state itself; a plug-in with `state_dict` may not.
         state = {
             name: value
@@ -236,7 +290,7 @@ class RolloutManager:
     def load(self, rollout_id: int) -> None:
         """Continue after `rollout_id`; called once at every start, with -1 where nothing came before."""
         if self.config.data.rollout_global_dataset:
-            self.data_source.load(rollout_id)
+            self.hooks.data_source.enter(self.data_source.load, rollout_id)
         if self.args.load is None:
             return
         path = _plug_in_state(self.args.load, rollout_id)
@@ -244,7 +298,18 @@ class RolloutManager:
             self.hooks.load_state_dict(debug_data.read_torch(path, flag="--load"))
 
     def num_rollout_per_epoch(self) -> int:
-        return len(self.data_source.dataset) // self.config.data.rollout_batch_size
+        """Raises FlagError where the data source does not say how long an epoch is."""
+        dataset = getattr(self.data_source, "dataset", None)
+        if dataset is None:
+            raise FlagError(
+                "--num-epoch",
+                given=f"--data-source-path {self.hooks.data_source.path} has no `dataset` whose length could be taken.",
+                remedy="Give --num-rollout.",
+            )
+        prompts, size = len(dataset), self.config.data.rollout_batch_size
+        if prompts < size:
+            raise FlagError("--rollout-batch-size", given=size, expected=f"at most {prompts}, the prompts of an epoch")
+        return prompts // size
 
     def offload(self) -> None:
         """Engines on this machine's CPU keep their cache: there is no second user of the memory."""
@@ -253,6 +318,20 @@ class RolloutManager:
 
     def onload(self) -> None:
         """The counterpart of `offload`; the cache fills again by itself."""
+
+
+def outputs(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(flag, folder) of everything that the run will write outside of its run directory; templates up to a field."""
+    debug, checkpoint = config.debug, config.checkpoint
+    if checkpoint.save is not None:
+        yield "--save", checkpoint.save
+    for flag, template in (
+        ("--save-hf", checkpoint.save_hf),
+        ("--save-debug-rollout-data", debug.save_debug_rollout_data),
+        ("--save-debug-train-data", debug.save_debug_train_data),
+    ):
+        if template is not None:
+            yield flag, os.path.dirname(template.partition("{")[0]) or "."
 
 
 def _plug_in_state(root: str, rollout_id: int) -> Path:

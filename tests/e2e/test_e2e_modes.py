@@ -180,7 +180,8 @@ def test_custom_loss_is_the_built_in_one(plain: Path, tmp_path: Path) -> None:
     assert distance(weights(plain), weights(run)) < 1e-5
     assert distance(weights(plain), weights(plain, 1)) > 1e-4, "training moves the weights far more than that"
     ours, mine = metrics(plain, "train/loss"), metrics(run, "train/loss")
-    assert mine == pytest.approx(ours, abs=1e-5)
+    # A step in which no sample pulls is not run by the built-in loss; here it is, and its loss is 0.
+    assert mine == pytest.approx({step: ours.get(step, 0.0) for step in range(6)}, abs=1e-5)
     assert metrics(run, "train/mine")[0] == pytest.approx(1.0, abs=1e-4)
 
 
@@ -200,7 +201,8 @@ def test_importance_correction(plain: Path, tmp_path: Path) -> None:
     assert all(weight == pytest.approx(1.0, abs=1e-3) for weight in metrics(run, "train/tis").values())
     assert distance(weights(plain), weights(run)) < 1e-3
     half = train(tmp_path / "half", "--num-rollout", 1, "--use-tis", "--tis-clip", 0.5)
-    assert set(metrics(half, "train/tis_clipfrac").values()) == {pytest.approx(1.0)}
+    assert all(weight == pytest.approx(1.0, abs=1e-3) for weight in metrics(half, "train/tis").values())
+    assert all(share > 0 for share in metrics(half, "train/tis_clipfrac").values())
     assert metrics(half, "train/grad_norm")[0] == pytest.approx(metrics(plain, "train/grad_norm")[0] / 2, rel=1e-2)
 
 

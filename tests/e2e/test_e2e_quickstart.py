@@ -92,8 +92,9 @@ def test_rollouts_can_be_read_back(short: Path) -> None:
     assert {s.reward for s in samples} == {0.0, 1.0}
     rewards = [s.reward for s in read_rollouts(short, 1)]
     assert metrics(short, "rollout/raw_reward")[1] == pytest.approx(sum(rewards) / len(rewards))
-    before, after = (read_rollouts(short, done, evaluation="greedy") for done in (0, ROLLOUTS))
-    assert len(before) == len(after) == 32 and [s.response for s in before] != [s.response for s in after]
+    before, after = (read_rollouts(short, done, evaluation="sampled") for done in (0, ROLLOUTS))
+    assert [s.prompt for s in before] == [s.prompt for s in after] and len(before) == 32
+    assert [s.rollout_log_probs for s in before] != [s.rollout_log_probs for s in after]
 
 
 # ---- one run, started in several ways ------------------------------------------------------------------------------

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from miles.errors import UsageError
 from miles.rollout.generate_utils.generate_endpoint_utils import (
     compute_prompt_ids_from_sample,
     compute_request_payload,
     update_sample_from_response,
 )
 from miles.types import GenerateFnInput, GenerateFnOutput, Sample
+
+# Characters of a prompt that an error shows.
+EXCERPT = 60
 
 
 async def generate(input: GenerateFnInput) -> GenerateFnOutput:
@@ -34,6 +38,12 @@ async def generate(input: GenerateFnInput) -> GenerateFnOutput:
     payload, halt = compute_request_payload(input.args, input_ids, params, sample.multimodal_inputs)
     if payload is None:
         assert halt is not None
+        if not sample.tokens:
+            raise UsageError(
+                f"sample {sample.index} (group {sample.group_index}): its prompt of {len(input_ids)} tokens leaves no "
+                f"room for a response in the context of the model. It begins {str(sample.prompt)[:EXCERPT]!r}. Leave "
+                "such prompts out with --rollout-max-prompt-len, or shorten it."
+            )
         sample.status = halt
         return GenerateFnOutput(samples=sample)
     output = await state.context.client.generate(payload)

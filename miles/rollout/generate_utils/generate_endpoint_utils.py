@@ -10,6 +10,7 @@ from argparse import Namespace
 from functools import lru_cache
 from typing import Any
 
+from miles.rollout import limits
 from miles.rollout.tokenizer import encode_image_for_rollout_engine
 from miles.types import Sample
 
@@ -52,6 +53,10 @@ def compute_request_payload(
     if args.rollout_max_context_len is not None:
         room = args.rollout_max_context_len - len(input_ids)
         limit = room if limit is None else min(limit, room)
+    most = limits.context_length(args)
+    if most is not None and limit is not None and limit > most - len(input_ids):
+        limits.tell_cut(args, len(input_ids), limit, most)
+        limit = most - len(input_ids)
     if limit is not None and limit <= 0:
         return None, Sample.Status.TRUNCATED
     payload: dict[str, Any] = {

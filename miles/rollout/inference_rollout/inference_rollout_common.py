@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from miles.rollout.evaluate import DatasetCache, evaluate
 from miles.rollout.inference_rollout.inference_rollout_train import generate_rollout_async
+from miles.rollout.loop import give_back
 from miles.rollout.sample import generate_and_rm, generate_and_rm_group
 from miles.rollout.state import GenerateState, compute_sampling_params
 from miles.types import RolloutFnConstructorInput, RolloutFnInput, RolloutFnOutput
@@ -29,5 +30,5 @@ class InferenceRolloutFn:
         if input.evaluation:
             return await evaluate(self.state, self.eval_prompt_dataset_cache)
         output, aborted = await generate_rollout_async(self.state, input.rollout_id, self.data_source.get_samples)
-        self.data_source.add_samples(aborted)
+        give_back(self.state, self.data_source.add_samples, aborted)
         return output
