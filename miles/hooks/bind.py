@@ -319,14 +319,15 @@ def paths_of(args: Namespace) -> list[tuple[PlugPoint, str]]:
     found: list[tuple[PlugPoint, str]] = []
     for point in CATALOG.values():
         given = settings.get(point.dest)
-        if not given and point.name == "eval_function":
+        if given is None and point.name == "eval_function":
             given = settings.get(CATALOG["rollout_function"].dest)
-        found += [(point, path) for path in _as_list(given)]
+        found += [(point, path) for path in _as_list(given, point)]
     return found
 
 
-def _as_list(given: str | Sequence[str] | None) -> list[str]:
-    if not given:
+def _as_list(given: str | Sequence[str] | None, point: PlugPoint) -> list[str]:
+    """The paths; an empty text is none where several may be given (a published default), and a mistake elsewhere."""
+    if given is None or (point.plural and not given):
         return []
     return [given] if isinstance(given, str) else list(given)
 
@@ -365,7 +366,7 @@ def extend_parser(parser: ArgumentParser, paths: Namespace | Mapping[str, str | 
     given: Mapping[str, Any] = vars(paths) if isinstance(paths, Namespace) else paths
     done: list[Any] = []
     for point in points:
-        for path in _as_list(given.get(point.dest)):
+        for path in _as_list(given.get(point.dest), point):
             try:
                 obj = load_function(path)
             except (Exception, SystemExit):

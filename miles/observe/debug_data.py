@@ -39,8 +39,9 @@ def load(template: str, rollout_id: int, subsample: float | None = None) -> list
         ) from error  # fmt: skip
     except (pickle.UnpicklingError, KeyError, TypeError, RuntimeError, EOFError) as error:
         raise DataError(
-            str(path), f"expected a file of --save-debug-rollout-data: {error}", remedy="Record the rollout again."
-        ) from error
+            str(path), f"expected a file of --save-debug-rollout-data ({type(error).__name__}: {error}).",
+            remedy="Record the rollout again.",
+        ) from error  # fmt: skip
     if subsample is None:
         return samples
     keep = int(len(samples) * subsample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,12 +30,13 @@ class MetricChecker:
         if self.key not in metrics:
             raise FlagError("--ci-metric-checker-key", given=self.key, expected="one of " + ", ".join(sorted(metrics)))
         value = float(metrics[self.key])
-        self.best = value if self.best is None else max(self.best, value)
+        if not math.isnan(value):
+            self.best = value if self.best is None else max(self.best, value)
 
     def verdict(self) -> None:
         """Raise MetricNeverReached where the threshold was not reached."""
         if self.best is None or self.best < self.threshold:
+            found = "no evaluation of the run gave a number" if self.best is None else f"the best was {self.best}"
             raise MetricNeverReached(
-                f"--ci-metric-checker-key {self.key}: the best of the run was {self.best}, expected at least "
-                f"{self.threshold}."
+                f"--ci-metric-checker-key {self.key}: {found}, expected at least {self.threshold}."
             )

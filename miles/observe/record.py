@@ -17,8 +17,8 @@ waits for it only when it falls that far behind. An error there is raised by the
 waits for the queue; the run calls it before a checkpoint names a rollout as done.
 
 Each line of metrics.jsonl holds the metrics under their names and three keys of its own: `_time` (unix seconds),
-`_rollout_id` (absent where unknown; of an evaluation the rollout that it follows, -1 before training) and `_non_finite`, which names the metrics that are null because they are NaN or
-infinite, e.g. `{"train/loss": "nan"}`.
+`_rollout_id` (absent where unknown; of an evaluation the rollout that it follows, -1 before training) and
+`_non_finite`, which names the metrics that are null because they are NaN or infinite, e.g. `{"train/loss": "nan"}`.
 
 Leaves the numbers to `metrics` and `summary`, other trackers to `tracking`, columns to `rollout_file`.
 """
@@ -78,8 +78,8 @@ class RunRecord:
     """The run directory of one live run, locked against a second one.
 
     A directory that already holds a record is continued with `resume=True`; otherwise it is moved aside as
-    `<dir>.1`, `<dir>.2`, ... (`moved_aside` says where) and a fresh one is made. Files that are no record stay where
-    they are. `inputs` are paths that this run reads (model, checkpoint): a directory that holds one is not moved.
+    `<dir>.1`, `<dir>.2`, ... (`moved_aside` says where) and a fresh one is made, unless the run that wrote it ended
+    before it had anything to tell. Files that are no record stay where they are. `inputs` are paths that this run reads (model, checkpoint): a directory that holds one is not moved.
 
     Raises RunDirError, here and from every method, when the directory cannot be used: not a directory, not writable, no
     space left, in use by a live run.
@@ -104,7 +104,10 @@ class RunRecord:
         self._lock = RunLock(self.path)
         try:
             if not resume and is_record(self.path):
-                self._move_aside([Path(path).resolve() for path in inputs])
+                if _is_blank(self.path):
+                    _forget_blank(self.path)
+                else:
+                    self._move_aside([Path(path).resolve() for path in inputs])
             self._open_directory()
         except BaseException:
             self._lock.release()
@@ -313,6 +316,20 @@ def _rollout_id_of(path: Path) -> int:
 def is_record(run_dir: str | Path) -> bool:
     """Whether a run was recorded in this directory."""
     return (Path(run_dir) / "schema.json").is_file()
+
+
+def _is_blank(run_dir: Path) -> bool:
+    """Whether the run of this record ended before its first result: bad input, most of the time."""
+    told = [run_dir / "metrics.jsonl", run_dir / "summary.json", run_dir / "failures"]
+    return not any(p.is_dir() or (p.exists() and p.stat().st_size > 0) for p in told) and not any(
+        (run_dir / _ROLLOUTS).glob("*.parquet")
+    )
+
+
+def _forget_blank(run_dir: Path) -> None:
+    with disk_errors(run_dir):
+        for name in _OWN_FILES:
+            (run_dir / name).unlink(missing_ok=True)
 
 
 def check_schema(run_dir: str | Path) -> None:

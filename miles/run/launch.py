@@ -191,8 +191,9 @@ def _prepare_process(config: RunConfig, stack: ExitStack) -> None:
 
 
 def _open_record(config: RunConfig, *, resuming: bool) -> RunRecord:
-    inputs = [p for p in (config.rollout.hf_checkpoint, config.checkpoint.load) if p is not None]
-    return RunRecord(str(config.run.run_dir), resume=resuming, inputs=inputs)
+    """A run that resumes continues its record. Any other reads nothing from --load, which may lie in the run directory."""
+    read = (config.rollout.hf_checkpoint, config.data.prompt_data, config.debug.load_debug_rollout_data)
+    return RunRecord(str(config.run.run_dir), resume=resuming, inputs=[path for path in read if path is not None])
 
 
 def _start_engine(

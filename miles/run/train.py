@@ -8,8 +8,8 @@
         evaluate      when due
 
 Stopping: Ctrl-C (or SIGTERM) finishes the rollout in progress, saves where `--save` is given and says how to resume; a
-second one stops at once and leaves the last checkpoint as it was. What would be lost anyway is cut short: an evaluation,
-which a resumed run makes up for, and the rollout of a run without `--save`.
+second one stops at once and leaves the last checkpoint as it was. Cut short are an evaluation, which a resumed run
+makes up for, and the rollout of a run without `--save`, which is lost anyway.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs of a few seconds for the end-to-end tests: inside this process where nothing is killed, else in one of their own.
+"""Runs of a second for the end-to-end tests: inside this process, or in one of their own where something is killed.
 
 A run writes into a directory of its own; `weights` and `moments` read its checkpoints, which are float32 (the exported
 model is in the base model's bfloat16 and would hide small differences).

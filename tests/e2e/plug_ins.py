@@ -1,4 +1,4 @@
-"""Plug-ins of the end-to-end tests. Some leave what they saw on `args`-independent module lists for the test to read."""
+"""Plug-ins of the end-to-end tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that a run exports, used without miles: plain `transformers` finds the same accuracy and the same answers."""
+"""The model that a run exports, used without miles: plain `transformers` gives the same answers and accuracy."""
 
 from __future__ import annotations
 
@@ -100,7 +100,12 @@ def test_no_rollouts_is_evaluation_only(tmp_path: Path) -> None:
     accuracy = evaluated(tmp_path / "run", BASE)
     assert accuracy == {"greedy": 0.0}
     lines = read_metrics(tmp_path / "run")
-    assert len(lines) == 1 and lines[0]["_rollout_id"] == -1 and lines[0]["eval/greedy"] == 0.0 and lines[0]["eval/step"] == 0
+    assert (
+        len(lines) == 1
+        and lines[0]["_rollout_id"] == -1
+        and lines[0]["eval/greedy"] == 0.0
+        and lines[0]["eval/step"] == 0
+    )
     assert not (tmp_path / "run" / "model").exists()
     numbers = summary(tmp_path / "run")
     assert (numbers["rollouts"], numbers["eval_after"], numbers["wall_s_per_rollout"]) == (0, None, None)

@@ -71,7 +71,7 @@ def test_summary_has_every_number(short: Path) -> None:
     assert all(0.001 < seconds < 60 for seconds in parts)
     # Between generation and training lies only the conversion.
     assert sum(parts) <= numbers["wall_s_per_rollout"] + 1e-3
-    assert 0 < numbers["first_step_s"]
+    assert numbers["first_step_s"] > 0
     assert numbers["hooks"]["custom_rm"]["calls"] == ROLLOUTS * 128 + 2 * 2 * 32
 
 
@@ -107,7 +107,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_recorded_config_starts_the_same_run(tiny: Path, tmp_path: Path) -> None:
-    assert miles("train", "--config", tiny / "config.yaml", "--run-dir", tmp_path / "other", "--save", tmp_path / "other" / "ck") == 0
+    assert (
+        miles(
+            "train",
+            "--config",
+            tiny / "config.yaml",
+            "--run-dir",
+            tmp_path / "other",
+            "--save",
+            tmp_path / "other" / "ck",
+        )
+        == 0
+    )
     assert same(weights(tiny), weights(tmp_path / "other"))
 
 
@@ -153,7 +164,9 @@ def test_deterministic_flag(tiny: Path, tmp_path: Path) -> None:
 def test_tiny_is_a_file_of_flags(tmp_path: Path) -> None:
     """The helper's own config says nothing that the flags cannot."""
     given = yaml.safe_load(TINY.read_text())
-    as_flags = [part for key, value in given.items() for part in ([f"--{key}"] if value is True else [f"--{key}", value])]
+    as_flags = [
+        part for key, value in given.items() for part in ([f"--{key}"] if value is True else [f"--{key}", value])
+    ]
     assert miles("train", *as_flags, "--run-dir", tmp_path / "a", "--num-rollout", 1, *saving(tmp_path / "a")) == 0
     assert miles("train", *flags(tmp_path / "b", "--num-rollout", 1, *saving(tmp_path / "b"))) == 0
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))

@@ -121,6 +121,25 @@ def test_load_and_save_of_one_empty_folder(tmp_path: Path, capsys: pytest.Captur
     assert f"resuming from {run / 'ck' / 'iter_0000001'}: rollout 1 is next" in capsys.readouterr().out
 
 
+def test_a_run_that_died_before_its_first_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command again starts anew, although the folder of --load is inside the run directory."""
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    train(run, "--num-rollout", 1)
+    train(run, *saving(run), "--load", run / "ck", "--num-rollout", 2)
+    assert f"{run} held an earlier run, which is now {run}.1" in capsys.readouterr().out
+    train(straight, *saving(straight), "--num-rollout", 2)
+    assert same(weights(straight), weights(run)) and recorded_rollouts(run) == [0, 1]
+
+
+def test_a_run_directory_with_the_data_of_the_run_is_not_moved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tmp_path / "run", "--num-rollout", 1, "--save-debug-rollout-data", "{run_dir}/dump/{rollout_id}.pt")
+    train(run, "--num-rollout", 1, "--load-debug-rollout-data", run / "dump" / "{rollout_id}.pt", status=2)
+    assert "cannot be moved aside. Give another directory with --run-dir" in capsys.readouterr().err
+    assert (run / "dump" / "0.pt").exists()
+
+
 def test_saving_without_an_interval_saves_the_end(tmp_path: Path) -> None:
     run = train(tmp_path / "run", "--save", tmp_path / "run" / "ck", "--num-rollout", 2)
     assert latest(run).name == "iter_0000002"

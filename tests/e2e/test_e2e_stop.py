@@ -35,7 +35,10 @@ def test_stop_saves_and_says_how_to_resume(number: signal.Signals, tmp_path: Pat
     output = run.text()
     assert "Traceback" not in output
     assert "stopping after this rollout, with a checkpoint; Ctrl-C again stops at once" in output
-    assert f"miles: stopped after rollout {done - 1}; everything is saved in {folder}. Resume with the same command" in output
+    assert (
+        f"miles: stopped after rollout {done - 1}; everything is saved in {folder}. Resume with the same command"
+        in output
+    )
     assert f"--load {folder}" in output
     assert not (run.run_dir / "run.lock").exists()
 
@@ -72,7 +75,9 @@ def test_second_stop_is_at_once(tmp_path: Path) -> None:
         run.send(signal.SIGINT)
         assert run.ends(PROMPTLY_S) == STOPPED
     output = run.text()
-    assert f"stopped at once; the rollout in progress is lost. The last checkpoint in {first / 'ck'} is intact." in output
+    assert (
+        f"stopped at once; the rollout in progress is lost. The last checkpoint in {first / 'ck'} is intact." in output
+    )
     assert "Traceback" not in output
     # The lock of the dead process does not block the next one.
     train(first, *saving(first), "--num-rollout", 2, "--load", first / "ck")
@@ -97,7 +102,9 @@ def test_stop_while_starting(delay_s: float, tmp_path: Path, monkeypatch: pytest
 def test_stop_during_the_first_evaluation(tmp_path: Path) -> None:
     """Nothing has been trained: nothing to save, and no reason to wait for an evaluation that hangs."""
     evaluation = ("--eval-interval", 1, "--eval-prompt-data", "greedy", f"{HELDOUT}@[0:4]")
-    with started(tmp_path / "run", *saving(tmp_path / "run"), *evaluation, "--custom-rm-path", plug_in("sleeps")) as run:
+    with started(
+        tmp_path / "run", *saving(tmp_path / "run"), *evaluation, "--custom-rm-path", plug_in("sleeps")
+    ) as run:
         run.wait_until(lambda: is_sleeping(run))
         run.send(signal.SIGINT)
         assert run.ends(PROMPTLY_S) == STOPPED, run.text()

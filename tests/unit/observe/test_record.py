@@ -116,7 +116,8 @@ def test_rewind_sets_later_rollouts_aside(tmp_path: Path) -> None:
 
 def test_a_directory_that_this_run_reads_is_not_moved(tmp_path: Path) -> None:
     run_dir = tmp_path / "r"
-    RunRecord(run_dir).close()
+    with RunRecord(run_dir) as record:
+        record.log({"rollout/step": 0})
     (run_dir / "final").mkdir()
     with pytest.raises(RunDirError, match=r"final, which this run reads.*--run-dir.*--load"):
         RunRecord(run_dir, inputs=[run_dir / "final"])

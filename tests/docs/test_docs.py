@@ -1,0 +1,297 @@
+"""The documentation is true: its code runs, its commands parse, its output is printed, its links lead somewhere.
+
+    ```python     run, each block alone, in a folder with `examples/` and the record of a short quickstart
+    ```bash       `miles` commands are parsed (`miles check` runs), `make` targets exist, bodies of `curl` are read
+    ```console    run, and the output compared; a line `...` stands for any lines
+    ```yaml       read as flags; `yaml eval-config` and `yaml custom-config` as those files
+    ```json       parsed
+    ```text       shown output and pictures of it; the ones that can be made cheaply are compared below
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from docs_pages import (
+    PAGES,
+    ROOT,
+    Block,
+    Command,
+    anchors,
+    bash_commands,
+    blocks,
+    console_commands,
+    flags_named,
+    inline_commands,
+    links,
+    prose,
+)
+
+from miles.__main__ import COMMANDS, main
+from miles.config import parse
+from miles.config.parse import build_parser
+from miles.config.sections import FLAGS
+from miles.config.yaml_file import read_entries
+from miles.engine.embedded import server
+from miles.engine.protocol import GenerateRequest
+from miles.errors import DataError, HookError, MilesError
+from miles.hooks import CATALOG, bind
+from miles.hooks.check import list_main
+from miles.hooks.point import allowed_policies
+from miles.rollout.dataset import read_rows
+from miles.types import Sample
+
+README = ROOT / "README.md"
+CUSTOMIZATION = ROOT / "docs" / "customization.md"
+
+# What a file of flags may leave out, because the page's reader has it elsewhere.
+REQUIRED = {
+    "hf-checkpoint": "examples/quickstart/base",
+    "prompt-data": "examples/quickstart/data/train.jsonl",
+    "rollout-batch-size": "16",
+    "num-rollout": "1",
+    "global-batch-size": "16",
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The current folder of a reader: `examples/`, a plug-in of another framework, and a quickstart of two rollouts."""
+    folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    (folder / "foreign.py").write_text(next(b.text for b in blocks("python") if "compute_score" in b.text))
+    datasets = yaml.safe_load((ROOT / "examples/quickstart/eval.yaml").read_text())["datasets"]
+    short = [{**dataset, "path": f"{dataset['path']}@[0:8]"} for dataset in datasets]
+    (folder / "eval.yaml").write_text(yaml.safe_dump({"datasets": short}))
+    before, threads = os.getcwd(), torch.get_num_threads()
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    try:
+        flags = ["--num-rollout", "2", "--eval-config", "eval.yaml", "--quiet"]
+        assert main(["train", "--config", "examples/quickstart/carry.yaml", *flags]) == 0
+        yield folder
+    finally:
+        torch.set_num_threads(threads)
+        os.chdir(before)
+
+
+# ---- code ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_runs(block: Block, workplace: Path) -> None:
+    # Signatures are shown with types that the page does not import: like this file, blocks do not evaluate annotations.
+    exec(compile(block.text, str(block), "exec"), {"__name__": "documentation"})
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_yaml_is_read(block: Block, workplace: Path) -> None:
+    file = workplace / "block.yaml"
+    file.write_text(block.text)
+    option = f"--{block.info}" if block.info == "eval-config" else "--custom-config-path" if block.info else "--config"
+    entries = read_entries(str(file), option, lambda key: key in FLAGS and FLAGS[key].kind in ("json", "pairs"))
+    given = {entry.key.replace("_", "-") for entry in entries} if option == "--config" else set()
+    missing = [word for name, value in REQUIRED.items() if name not in given for word in (f"--{name}", value)]
+    config, args = parse([option, str(file), *missing])
+    content = yaml.safe_load(block.text)
+    if block.info == "eval-config":
+        assert [dataset.name for dataset in config.eval.eval_datasets] == [d["name"] for d in content["datasets"]]
+    elif block.info == "custom-config":
+        assert {name: vars(args)[name] for name in content} == content
+
+
+@pytest.mark.parametrize("block", blocks("json"), ids=str)
+def test_json_is_json(block: Block) -> None:
+    assert json.loads(block.text)
+
+
+def test_every_block_says_what_it_is() -> None:
+    known = {"python", "bash", "console", "yaml", "json", "text"}
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)
+        assert {fence.split()[0] if fence else "" for fence in fences[::2]} <= known, page
+        assert not any(fences[1::2]), page
+
+
+def test_the_readme_shows_the_example() -> None:
+    block = next(b for b in blocks("python") if b.page == README)
+    source = (ROOT / "examples/own_reward/reward.py").read_text()
+    assert source.endswith(block.text)
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", bash_commands(), ids=str)
+def test_bash_is_understood(command: Command, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *words = command.words
+    if program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "curl":
+        check_curl(words)
+    else:
+        assert program == "miles", f"a command that no test knows: {command}"
+        check_miles(words)
+
+
+def check_miles(words: list[str]) -> None:
+    name, *argv = words
+    if name == "train":
+        parse(argv)
+    elif name == "serve":
+        server._parser().parse_args(argv)
+    elif name == "replay":
+        assert len(argv) >= 1
+    else:
+        assert main(words) == 0
+
+
+def check_curl(words: list[str]) -> None:
+    address, data = words[0], words[words.index("-d") + 1]
+    assert address.endswith("/generate")
+    assert len(GenerateRequest.from_payload(json.loads(data))) == 1
+
+
+@pytest.mark.parametrize("command", inline_commands(), ids=str)
+def test_commands_in_sentences(command: Command, workplace: Path) -> None:
+    name, *argv = command.words[1:]
+    assert name.startswith("-") or name in COMMANDS
+    if name in ("train", "check") and any(word.endswith(".yaml") for word in argv):
+        parse(argv)
+
+
+@pytest.mark.parametrize("command", console_commands(), ids=str)
+def test_console_prints_that(command: Command, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, name, *argv = command.words
+    assert program == "miles"
+    if name == "train":  # shown for its refusal; the run itself would take long
+        with pytest.raises(MilesError) as refused:
+            parse(argv)
+        printed = f"miles: {refused.value}"
+    else:
+        status = main([name, *argv])
+        captured = capsys.readouterr()
+        printed = captured.out + captured.err
+        assert status == (2 if "miles: " in printed else 0)
+    assert_shown(command.output, printed.splitlines())
+
+
+def assert_shown(shown: list[str], printed: list[str]) -> None:
+    """`shown` is `printed` with lines left out where it says `...`; widths of columns do not matter."""
+    expected, lines = ([" ".join(line.split()) for line in text] for text in (shown, printed))
+    place, free = 0, False
+    for line in expected:
+        if line == "...":
+            free = True
+            continue
+        if free:
+            assert line in lines[place:], f"{line!r} is not printed in:\n" + "\n".join(lines)
+            place = lines.index(line, place)
+        assert place < len(lines) and lines[place] == line, f"expected {line!r}, printed:\n" + "\n".join(lines[place:])
+        place, free = place + 1, False
+    assert free or place == len(lines), "not shown:\n" + "\n".join(lines[place:])
+
+
+# ---- shown output --------------------------------------------------------------------------------------------------
+
+OWN_REWARD = """\
+async def reward(args, sample):
+    answer = sample.response.split("</think>")[1].removesuffix("<eos>")
+    return float(answer == sample.label)
+"""
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs/rewards-and-failures.md"], ids=lambda page: page.name)
+def test_the_error_card_is_this_one(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my").mkdir()
+    Path("my/reward.py").write_text(OWN_REWARD)
+    hooks = bind(Namespace(custom_rm_path="my/reward.py:reward"))
+    hooks.set_bundle_dir("runs/my/failures")
+    response = "<think>6+7=13;9+1+1=11;1+1;6<eos>"
+    sample = Sample(group_index=181, index=1449, prompt="196+117=?", label="313", response=response)
+    sample.response_length, sample.status = 23, Sample.Status.COMPLETED
+    with pytest.raises(HookError) as raised:
+        asyncio.run(hooks.custom_rm.call_async(Namespace(reward_key=None), sample))
+    cards = [block.text for block in blocks("text") if block.page == page and "failed at" in block.text]
+    assert cards == [f"miles: {raised.value}\n"]
+
+
+def test_the_data_error_is_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text('{"prompt": "1+1=?"}\n' * 16 + "hello\n")
+    with pytest.raises(DataError) as raised:
+        list(read_rows("train.jsonl"))
+    assert f"miles: {raised.value}\n" in [block.text for block in blocks("text")]
+
+
+# ---- the page of plug points ---------------------------------------------------------------------------------------
+
+
+def test_customization_is_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("MILES_EXPERIMENTAL_ROLLOUT_REFACTOR", raising=False)
+    assert list_main(["--markdown"]) == 0
+    written = capsys.readouterr().out
+    assert written == CUSTOMIZATION.read_text(), "miles hooks --markdown > docs/customization.md"
+
+
+@pytest.mark.parametrize("point", CATALOG.values(), ids=lambda point: point.name)
+def test_every_plug_point_is_documented(point: object, capsys: pytest.CaptureFixture[str]) -> None:
+    point = CATALOG[point.name]  # type: ignore[attr-defined]
+    _, _, section = CUSTOMIZATION.read_text().partition(f"\n### `{point.flag}`\n")
+    section = section.partition("\n### ")[0]
+    call = f"{'async def' if point.awaited else 'def'} {point.name}{point.canonical}: ..."
+    for text in (call, point.when, point.process, point.contract, allowed_policies(point)):
+        assert text in section
+    if len(point.forms) > 1:
+        assert all(f"# {form.name}: {form.recognised_by}" in section for form in point.forms)
+    list_main([point.key, "--markdown"])
+    assert section.strip() in capsys.readouterr().out
+
+
+# ---- flags, links --------------------------------------------------------------------------------------------------
+
+
+def known_flags() -> set[str]:
+    """Of `miles train`, of the other commands, and of the benchmarks."""
+    found = {*build_parser().options, "--help", "--help-all", "--version"}
+    for file in [*(ROOT / "miles/hooks").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), Path(server.__file__)]:
+        found |= set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", file.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_exists(page: Path) -> None:
+    assert flags_named(page) <= known_flags()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for file, anchor in links(page):
+        assert file.exists(), file
+        assert not anchor or anchor in anchors(file), f"{file}#{anchor}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = {file for file, _ in links(README)}
+    assert linked >= set(PAGES) - {README}
+
+
+def test_the_readme_says_what_is_not_built() -> None:
+    """Each flag of that chapter is refused for some value, and each plug point that is refused stands in it."""
+    chapter = prose(README).partition("## What is not built yet")[2].partition("\n## ")[0]
+    by_option = {flag.option: flag for flag in FLAGS.values()}
+    named = set(re.findall(r"--[a-z][\w-]+", chapter)) - {"--rm-type"}
+    assert all(by_option[option].status.kind == "not_built" for option in named)
+    refused = {point.flag for point in CATALOG.values() if by_option[point.flag].status.kind == "not_built"}
+    assert refused <= named
