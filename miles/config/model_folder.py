@@ -49,7 +49,7 @@ def facts_of(folder: str) -> ModelFacts | None:
     path = Path(folder).expanduser()
     if not path.is_dir():
         return None
-    return _facts(_read_config(path))
+    return _facts(path, _read_config(path))
 
 
 def check(folder: str) -> None:
@@ -57,7 +57,7 @@ def check(folder: str) -> None:
     path = Path(folder).expanduser()
     if not path.is_dir():
         return
-    facts = _facts(_read_config(path))
+    facts = _facts(path, _read_config(path))
     if facts.architecture is not None and not facts.architecture.endswith(GENERATES):
         raise CheckpointError(
             f"{FLAG} {folder}: a {facts.architecture} does not write text. Expected a causal language model, whose "
@@ -68,7 +68,7 @@ def check(folder: str) -> None:
         _check_layers(path, facts, tensors)
 
 
-def _facts(config: dict[str, Any]) -> ModelFacts:
+def _facts(folder: Path, config: dict[str, Any]) -> ModelFacts:
     names = config.get("architectures")
     text = config.get("text_config")
     # Models with images keep the numbers of their decoder one level deeper.
@@ -76,8 +76,14 @@ def _facts(config: dict[str, Any]) -> ModelFacts:
 
     def number(key: str) -> int | None:
         value = numbers.get(key)
-        return value if isinstance(value, int) and value > 0 else None
+        if value is not None and (type(value) is not int or value < 1):
+            raise CheckpointError(
+                f"{FLAG} {folder}: config.json: {key}: expected a number >= 1, got {value!r}. {_COPY}"
+            )
+        return value
 
+    for key in ("hidden_size", "num_attention_heads"):
+        number(key)
     return ModelFacts(
         architecture=str(names[0]) if isinstance(names, list) and names else None,
         vocab_size=number("vocab_size"),

@@ -109,7 +109,8 @@ class Hooks:
         bound = [hook for name in names if (hook := getattr(self, name)) is not None and not hook.is_built_in]
         if not bound:
             return
-        others = ", ".join(hook.point.flag for hook in bound[1:])
+        replaces_all = bound[0].point.name == "custom_convert_samples_to_train_data"
+        others = "" if replaces_all else ", ".join(hook.point.flag for hook in bound[1:])
         bound[0].reject(BadReturn("type", message, f"the samples went through {others}, too" if others else ""))
 
     def stats(self) -> dict[str, float]:

@@ -200,7 +200,8 @@ class Hook:
 
     def reject(self, problem: BadReturn, *given: Any, sample: Sample | None = None) -> NoReturn:
         """What a later step found wrong with a value of this plug-in: HookError, with the card of a failed call."""
-        failed = replace(self.failed(problem, given, {}, sample=sample), policy=Policy())
+        call = "call" if given else "method"
+        failed = replace(self.failed(problem, given, {}, call=call, sample=sample), policy=Policy())
         self._guard.report(failed, self.stats)
         raise AssertionError("the policy is raise")
 
@@ -432,7 +433,6 @@ class RolloutHook(Hook):
             raise
         finally:
             self.stats.add(perf_counter() - begin)
-
 
     def _raise_if_passing(self, error: BaseException) -> None:
         """What an engine says to the built-in functions is no plug-in's fault; it says itself what is wrong."""

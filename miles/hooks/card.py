@@ -118,7 +118,7 @@ def card(failed: FailedCall, bundle: str | None) -> str:
     lines.append(f"  policy    {_policy_text(failed)}")
     if bundle is not None and failed.replayable:
         lines.append(f"  replay    miles replay {shlex.quote(shown(bundle))} --pdb")
-    elif bundle is not None:
+    elif bundle is not None and not isinstance(failed.error, BadReturn):
         lines.append(f"  trace     {shown(os.path.join(bundle, TRACEBACK_FILE))}")
     return "\n".join(lines)
 

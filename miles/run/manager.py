@@ -327,8 +327,8 @@ def outputs(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "--save", checkpoint.save
     for flag, template in (
         ("--save-hf", checkpoint.save_hf),
-        ("--save-debug-rollout-data", debug.save_debug_rollout_data),
-        ("--save-debug-train-data", debug.save_debug_train_data),
+        ("--dump-details" if debug.dump_details else "--save-debug-rollout-data", debug.save_debug_rollout_data),
+        ("--dump-details" if debug.dump_details else "--save-debug-train-data", debug.save_debug_train_data),
     ):
         if template is not None:
             yield flag, os.path.dirname(template.partition("{")[0]) or "."
