@@ -34,7 +34,8 @@ exit status 2: the flag, what was found, what is expected, what to do.
 bind, parameter names and annotations decide; what is still ambiguous is an error that names `--hook-form`.
 
 **Synchronous and asynchronous.** The core awaits the plug points whose signature says `async def`. A plain function
-there runs in a thread. All other plug points are called inline, one call at a time, and must be plain functions.
+there runs in a thread. Rollout and evaluation functions may be either. All other plug points are called inline, one
+call at a time, and must be plain functions.
 
 **Classes.** Where a class is accepted in place of a function, it is instantiated once. An object with `state_dict()`
 and `load_state_dict(state)` is saved with every checkpoint and restored on resume.

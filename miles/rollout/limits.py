@@ -60,5 +60,5 @@ def tell_cut(args: Namespace, prompt_tokens: int, wanted: int, limit: int) -> No
         "a prompt of %d tokens and a response of %d do not fit the context of %d tokens of --hf-checkpoint: such "
         "responses end where the context is full (status truncated). --rollout-max-response-len %d leaves room for "
         "this prompt; --rollout-max-prompt-len leaves long prompts out.",
-        prompt_tokens, wanted, limit, max(1, limit - prompt_tokens),
+        prompt_tokens, wanted, limit, limit - prompt_tokens,
     )  # fmt: skip

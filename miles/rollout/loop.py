@@ -143,7 +143,7 @@ class _Collection:
             self._warn_at *= 2
             reasons = ", ".join(f"{why}: {count}" for why, count in self._reasons.most_common())
             logger.warning(
-                "rollout %d does not get on: %d of %d finished groups were dropped (%s); %d of the %d that it needs "
+                "rollout %d does not progress: %d of %d finished groups were dropped (%s); %d of the %d that it needs "
                 "are kept. It goes on until enough are; %s decides.",
                 self.rollout_id, self._dropped, len(self.all), reasons, len(self.kept), self.target,
                 "a failed score" if self.filter is None else f"--dynamic-sampling-filter-path {self.filter.path}",

@@ -67,19 +67,22 @@ class Run:
     num_rollout: int
     num_rollout_per_epoch: int | None
 
-    async def save(self, rollout_id: int) -> None:
-        """One checkpoint of everything, and the Hugging Face folder that `--save-hf` names."""
+    async def save(self, rollout_id: int, *, served: bool) -> None:
+        """One checkpoint of everything, and the Hugging Face folder that `--save-hf` names.
+
+        `served` says whether the engines have the weights after `rollout_id` already.
+        """
         assert self.trainer is not None and self.config.checkpoint.save is not None
         self.record.flush()
-        await self.trainer.call(self._write_checkpoint, rollout_id)
+        await self.trainer.call(self._write_checkpoint, rollout_id, served)
 
-    def _write_checkpoint(self, rollout_id: int) -> None:
+    def _write_checkpoint(self, rollout_id: int, served: bool) -> None:
         assert self.trainer is not None and self.config.checkpoint.save is not None
         actor, checkpoint = self.trainer.actor, self.config.checkpoint
         meta = resume.new_meta(
             rollout_id,
             steps=actor.steps_done,
-            weight_version=actor.weight_version,
+            weight_version=actor.weight_version if served else actor.weight_version + 1,
             world_size=1,
             seed=self.config.run.seed,
         )
@@ -159,7 +162,8 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         )
         if checkpoint is not None:
             meta = checkpoint.meta
-            actor.restore(checkpoint.folder, weight_version=meta.weight_version, steps_done=meta.global_step)
+            # The update before the first rollout counts the version up to what it was.
+            actor.restore(checkpoint.folder, weight_version=meta.weight_version - 1, steps_done=meta.global_step)
         trainer = TrainRole(actor, RoleThread("train") if engine is None else EngineThread(engine))
         stack.callback(trainer.close)
     manager.load(start_rollout_id - 1)
@@ -191,7 +195,7 @@ def _prepare_process(config: RunConfig, stack: ExitStack) -> None:
 
 
 def _open_record(config: RunConfig, *, resuming: bool) -> RunRecord:
-    """A run that resumes continues its record. Any other reads nothing from --load, which may lie in the run directory."""
+    """A run that resumes continues its record; any other reads nothing from --load, which may lie inside it."""
     read = (config.rollout.hf_checkpoint, config.data.prompt_data, config.debug.load_debug_rollout_data)
     return RunRecord(str(config.run.run_dir), resume=resuming, inputs=[path for path in read if path is not None])
 

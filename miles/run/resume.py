@@ -35,7 +35,7 @@ OUTDATED = ".outdated"
 
 @dataclass(frozen=True)
 class Meta:
-    """What `meta.json` holds.
+    """What `meta.json` holds. `weight_version` is the one under which engines serve the weights of the checkpoint.
 
     Example: `{"iteration": 20, "rollout_id": 19, "next_rollout_id": 20, "global_step": 40, "micro_step": 40,
     "world_size": 1, "timestamp": 1763879000.5, "weight_version": 21, "seed": 1234}`

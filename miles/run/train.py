@@ -154,18 +154,18 @@ class Driver:
         due = should_run_periodic_action(rollout_id, checkpoint.save_interval, self.per_epoch, self.num_rollout)
         if checkpoint.save is None or not (due or rollout_id + 1 == self.num_rollout):
             return False
-        await self._save(rollout_id)
+        await self._save(rollout_id, served=False)
         return True
 
-    async def _save(self, rollout_id: int) -> None:
+    async def _save(self, rollout_id: int, *, served: bool) -> None:
         with self.run.clock.excluded():
-            await self.run.save(rollout_id)
+            await self.run.save(rollout_id, served=served)
 
     async def _stop_after(self, rollout_id: int, saved: bool) -> None:
         if not self.stop.can_save:
             raise RunStopped(f"stopped after rollout {rollout_id}. {NOTHING_SAVED}")
         if not saved:
-            await self._save(rollout_id)
+            await self._save(rollout_id, served=True)
         save = self.config.checkpoint.save
         raise RunStopped(
             f"stopped after rollout {rollout_id}; everything is saved in {save}. Resume with the same command and "

@@ -44,7 +44,7 @@ def test_rollouts_alone(plain: Path, tmp_path: Path) -> None:
     assert recorded_rollouts(run) == [0, 1, 2]
     # Until the first weight update both runs have the same model.
     assert [s.response for s in read_rollouts(run, 0)] == [s.response for s in read_rollouts(plain, 0)]
-    assert not (run / "model").exists() and not (run / "ck").exists()
+    assert not (run / "model").exists() and not [*(run / "ck").glob("iter_*")]
     assert summary(run)["first_step_s"] is None and summary(run)["rollouts"] == 3
 
 
@@ -135,7 +135,7 @@ def test_one_step_of_whatever_came(tmp_path: Path) -> None:
 
 
 def test_too_few_for_one_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(tmp_path / "run", *UNEVEN, "--num-steps-per-rollout", 1, status=2)
+    train(tmp_path / "run", *UNEVEN, "--num-steps-per-rollout", 1, status=1)
     assert "The rollout gave 13 samples, fewer than one optimizer step of 16" in capsys.readouterr().err
 
 
@@ -249,8 +249,8 @@ def test_ci_metric_checker(threshold: float, status: int, tmp_path: Path, capsys
         tmp_path / "run", "--num-rollout", 1, "--eval-interval", 1, "--eval-prompt-data", "few", f"{HELDOUT}@[0:4]",
         "--ci-metric-checker-key", "eval/few", "--ci-metric-checker-threshold", threshold, status=status,
     )  # fmt: skip
-    says = "--ci-metric-checker-key eval/few: the best was 0.0, expected at least 0.99."
-    assert (says in capsys.readouterr().err) == (status == 1)
+    error = capsys.readouterr().err
+    assert ("--ci-metric-checker-key eval/few: the best was 0." in error) == (status == 1)
 
 
 def test_ci_metric_checker_without_such_a_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

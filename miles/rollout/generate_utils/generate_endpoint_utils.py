@@ -55,7 +55,8 @@ def compute_request_payload(
         limit = room if limit is None else min(limit, room)
     most = limits.context_length(args)
     if most is not None and limit is not None and limit > most - len(input_ids):
-        limits.tell_cut(args, len(input_ids), limit, most)
+        if len(input_ids) < most:
+            limits.tell_cut(args, len(input_ids), limit, most)
         limit = most - len(input_ids)
     if limit is not None and limit <= 0:
         return None, Sample.Status.TRUNCATED
