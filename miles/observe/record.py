@@ -79,7 +79,8 @@ class RunRecord:
 
     A directory that already holds a record is continued with `resume=True`; otherwise it is moved aside as
     `<dir>.1`, `<dir>.2`, ... (`moved_aside` says where) and a fresh one is made, unless the run that wrote it ended
-    before it had anything to tell. Files that are no record stay where they are. `inputs` are paths that this run reads (model, checkpoint): a directory that holds one is not moved.
+    before it had anything to tell. Files that are no record stay where they are. `inputs` are paths that this run reads
+    (model, checkpoint): a directory that holds one is not moved.
 
     Raises RunDirError, here and from every method, when the directory cannot be used: not a directory, not writable, no
     space left, in use by a live run.

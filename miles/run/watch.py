@@ -7,6 +7,7 @@ from typing import Any
 from miles.config import RunConfig
 from miles.hooks import Hooks
 from miles.observe.display import Display
+from miles.observe.lock import LOCK_NAME
 from miles.observe.metric_checker import MetricChecker
 from miles.observe.metrics import reward_value
 from miles.observe.plots import save_reward_png
@@ -102,6 +103,8 @@ class Watch:
             steps, rewards = [float(i) for i, _ in self.rewards], [r for _, r in self.rewards]
             self.display.curve(steps, rewards)
             save_reward_png(self.record.path / "reward.png", steps, rewards, evals=self.evals)
+        names = [p.name + "/" * p.is_dir() for p in self.record.path.iterdir() if p.name != LOCK_NAME]
+        self.display.notice(f"everything is in {self.config.run.run_dir}: {', '.join(sorted(names))}")
         if self.checker is not None:
             self.checker.verdict()
 

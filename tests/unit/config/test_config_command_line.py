@@ -159,3 +159,34 @@ def test_switch_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_namespace_has_plain_values() -> None:
     args = namespace("--rollout-stop", "END")
     assert args.rollout_stop == ["END"] and args.lr == 1e-6 and args.miles_router_middleware_paths == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "allowed"),
+    [
+        ("x/{rollout_id}.pt", True),
+        ("x/{rollout_id:>4}_{run_dir}.pt", True),
+        ("x/{rollout_id:05d}.pt", False),  # evaluations fill in text
+        ("x.pt", False),
+        ("x/{rollout_id}_{step}.pt", False),
+        ("x/{rollout_id}_{}.pt", False),
+        ("x/{rollout_id", False),
+        ("x/{{rollout_id}}.pt", False),
+    ],
+)
+def test_templates_are_filled_before_they_are_needed(template: str, allowed: bool) -> None:
+    if allowed:
+        settings("--save-debug-rollout-data", template)
+    else:
+        assert "expected a path with {rollout_id} in it" in refusal("--save-debug-rollout-data", template)
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    assert len(refusal("--lr", "x" * 10_000)) < 300
+
+
+def test_home_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = settings("--run-dir=~/runs/x", "--save={run_dir}/ck", "--load=~/old")
+    assert (config.run.run_dir, config.checkpoint.save) == ("/home/me/runs/x", "/home/me/runs/x/ck")
+    assert config.checkpoint.load == "/home/me/old"

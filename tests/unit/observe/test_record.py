@@ -114,6 +114,19 @@ def test_rewind_sets_later_rollouts_aside(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_run_that_had_nothing_to_tell_leaves_its_directory_to_the_next(tmp_path: Path) -> None:
+    """Bad input, mended and started again, must not leave a row of numbered directories."""
+    for seed in range(3):
+        with RunRecord(tmp_path / "r") as run:
+            assert run.moved_aside is None
+            run.write_config(f"seed: {seed}\n", {"seed": seed})
+    assert sorted(p.name for p in (tmp_path / "r").glob("config.yaml*")) == ["config.yaml"]
+    assert (tmp_path / "r" / "config.yaml").read_text() == "seed: 2\n"
+    (tmp_path / "r" / "failures").mkdir()
+    with RunRecord(tmp_path / "r") as run:
+        assert run.moved_aside == tmp_path / "r.1", "bundles are worth keeping"
+
+
 def test_a_directory_that_this_run_reads_is_not_moved(tmp_path: Path) -> None:
     run_dir = tmp_path / "r"
     with RunRecord(run_dir) as record:

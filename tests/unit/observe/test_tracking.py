@@ -240,3 +240,14 @@ def test_tensorboard_gets_numbers_at_their_step(tensorboard: list[Any]) -> None:
         with pytest.raises(KeyError, match="TensorBoard needs the step"):
             tracker.log({"rollout/x": 0.5}, "rollout/step")
     assert tensorboard == ["tensorboard_log/p/e", ("rollout/x", 0.5, 5)]
+
+
+def test_skipped_steps_are_told_at_each_doubling(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker()
+    with caplog.at_level(logging.WARNING, logger="miles.observe.tracking"):
+        for step in range(9):
+            skipped = float(step != 4)
+            tracker.log({"train/skipped_step": skipped, "train/grad_norm": float("nan")}, rollout_id=step)
+    assert [m.split(":")[0] for m in caplog.messages] == ["rollout 0", "rollout 1", "rollout 3", "rollout 8"]
+    assert "the gradient is not finite (norm nan, loss None)" in caplog.messages[0]
+    assert "8 skipped so far" in caplog.messages[-1]
