@@ -146,9 +146,12 @@ class Hooks:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every plug-in that is a class or an object with `state_dict`, by plug point."""
+        """The state of every plug-in that is a class or an object with `state_dict`, by plug point.
+
+        Raises HookError where one of them fails.
+        """
         return {
-            hook.point.name: hook.state_holder.state_dict()
+            hook.point.name: hook.enter(hook.state_holder.state_dict)
             for hook in self._all
             if callable(getattr(hook.state_holder, "state_dict", None))
         }
@@ -156,10 +159,10 @@ class Hooks:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give every plug-in its state back. Rollout classes and the data source must be built before.
 
-        Raises HookReport where a saved state has no plug-in to go to.
+        Raises HookReport where a saved state has no plug-in to go to, HookError where a plug-in fails on it.
         """
-        holders = {h.point.name: h.state_holder for h in self._all if h.state_holder is not None}
-        lost = [n for n in state if not callable(getattr(holders.get(n), "load_state_dict", None))]
+        hooks = {h.point.name: h for h in self._all if callable(getattr(h.state_holder, "load_state_dict", None))}
+        lost = [n for n in state if n not in hooks]
         if lost:
             raise HookReport(
                 [
@@ -169,7 +172,7 @@ class Hooks:
                 ]
             )
         for name, value in state.items():
-            holders[name].load_state_dict(value)
+            hooks[name].enter(hooks[name].state_holder.load_state_dict, value)
 
 
 class Binder:

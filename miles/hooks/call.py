@@ -198,6 +198,18 @@ class Hook:
             )  # fmt: skip
         return value
 
+    def enter(self, method: Callable[..., T], *args: Any) -> T:
+        """One call of a method of `state_holder`: `hook.enter(source.get_samples, 16)`. Raises HookError."""
+        begin = perf_counter()
+        try:
+            return method(*args)
+        except FAILURES as error:
+            _raise_if_passing(error)
+            self._guard.report(self.failed(error, args, {}, call="method"), self.stats)
+            raise
+        finally:
+            self.stats.add(perf_counter() - begin)
+
     def reject(self, problem: BadReturn, *given: Any, sample: Sample | None = None) -> NoReturn:
         """What a later step found wrong with a value of this plug-in: HookError, with the card of a failed call."""
         call = "call" if given else "method"
@@ -239,18 +251,6 @@ class ObjectHook(Hook):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.state_holder = super().__call__(*args, **kwargs)
         return self.state_holder
-
-    def enter(self, method: Callable[..., T], *args: Any) -> T:
-        """One call of a method of the object: `hook.enter(source.get_samples, 16)`. Raises HookError."""
-        begin = perf_counter()
-        try:
-            return method(*args)
-        except FAILURES as error:
-            _raise_if_passing(error)
-            self._guard.report(self.failed(error, args, {}, call="method"), self.stats)
-            raise
-        finally:
-            self.stats.add(perf_counter() - begin)
 
 
 class ReducerHook(Hook):

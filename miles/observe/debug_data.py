@@ -6,6 +6,7 @@ execute anything that the file contains (`weights_only`).
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -60,6 +61,18 @@ def write_torch(path: Path, data: Any, *, flag: str) -> None:
         raise RunDirError(
             f"{flag}: {path} cannot be written ({error}). Free some space, or name another place."
         ) from error
+
+
+def unreadable(data: Any) -> str | None:
+    """Why `read_torch` would not read `data` back; None where it would."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(data, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # pickling runs code of the data's own classes
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
 
 
 def read_torch(path: Path, *, flag: str) -> Any:

@@ -283,6 +283,14 @@ class RolloutManager:
             for name, value in self.hooks.state_dict().items()
             if name != "data_source" or not isinstance(self.data_source, RolloutDataSource)
         }
+        for name, value in state.items():
+            problem = debug_data.unreadable(value)
+            if problem is not None:
+                self.hooks.reject(
+                    f"state_dict returned what no checkpoint gives back, expected numbers, text, lists, "
+                    f"dicts and tensors ({problem})",
+                    name,
+                )
         if state:
             path = _plug_in_state(self.args.save, rollout_id)
             debug_data.write_torch(path, state, flag="--save")

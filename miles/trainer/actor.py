@@ -48,7 +48,15 @@ from miles.trainer.report import mean_columns
 from miles.weights import WeightTransport
 
 # Metrics to which a sample of exactly zero gradient would contribute; their mean is over the samples that ran.
-OVER_SAMPLES_THAT_RAN = ("entropy_loss", "ppo_kl", "train_rollout_logprob_abs_diff", "ois", "tis", "tis_abs")
+OVER_SAMPLES_THAT_RAN = (
+    "entropy_loss",
+    "ppo_kl",
+    "train_rollout_logprob_abs_diff",
+    "ois",
+    "tis",
+    "tis_abs",
+    "tis_clipfrac",
+)
 
 
 @dataclass(frozen=True)
@@ -240,6 +248,8 @@ class TrainActor:
             f"train/{name}": value / (over_ran if name in OVER_SAMPLES_THAT_RAN else total)
             for name, value in self._summed(results).items()
         }
+        if not results:  # every sample had exactly zero gradient, and so exactly zero loss
+            metrics["train/loss"] = 0.0
         metrics["train/grad_norm"] = outcome.grad_norm
         metrics["train/lr-pg_0"] = outcome.lr
         metrics["train/exactly_zero_samples"] = len(rows) - len(run)

@@ -135,6 +135,38 @@ class Flaky:
         return good(sample)
 
 
+class StateOfFunctions:
+    """State that pickle refuses."""
+
+    async def __call__(self, args: Namespace, sample: Sample) -> float:
+        return good(sample)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"grade": lambda: 1.0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class StateOfItsOwn(StateOfFunctions):
+    """State that pickle takes and a checkpoint, which executes nothing, does not give back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"error": Unspeakable()}
+
+
+class StateThatRaises(StateOfFunctions):
+    def state_dict(self) -> dict[str, Any]:
+        raise ValueError("no state")
+
+
+class StateThatIsNotTaken(StateOfFunctions):
+    def state_dict(self) -> dict[str, Any]:
+        return {"scored": 16}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise KeyError("counted")
+
+
 # ---- the same by hand: one sample masked, its group's statistics without it ------------------------------------------
 
 

@@ -230,6 +230,30 @@ def test_other_plug_ins_that_fail(flag: str, name: str, tmp_path: Path, capsys: 
     assert re.search(PLUG_POINTS[flag][name], card)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("StateOfFunctions", "state_dict returned what no checkpoint gives back, expected numbers, text"),
+        ("StateOfItsOwn", "state_dict returned what no checkpoint gives back, expected numbers, text"),
+        ("StateThatRaises", "ValueError: no state"),
+    ],
+)
+def test_state_that_cannot_be_saved(name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said when it is saved, not when the run is to be resumed."""
+    run = tmp_path / "r"
+    assert says in card_of(capsys, run, "--custom-rm-path", path(name), *saving(run))
+    assert not list((run / "ck").glob("*iter_*"))
+
+
+def test_state_that_a_plug_in_does_not_take_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "r"
+    flags = ("--custom-rm-path", path("StateThatIsNotTaken"), *saving(run))
+    train(run, *SMALL, *flags)
+    capsys.readouterr()
+    card = card_of(capsys, run, *flags, "--load", run / "ck", "--num-rollout", 2)
+    assert "KeyError: 'counted'" in card and "bad_plug_ins.py:" in card
+
+
 def test_logging_that_fails_may_be_skipped(tmp_path: Path) -> None:
     flags = ("--custom-rollout-log-function-path", path("log_raises"))
     run = train(tmp_path / "r", *SMALL, *flags, "--hook-policy", "custom-rollout-log-function=drop")

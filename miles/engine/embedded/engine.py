@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -301,6 +301,8 @@ class EmbeddedEngine:
         done: Future[T] = Future()
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # whoever asked has gone away
             try:
                 done.set_result(command())
             except BaseException as error:
@@ -403,8 +405,20 @@ def in_passing_thread(build: Callable[[], T]) -> T:
     OpenMP keeps a team of workers for every thread that has computed. A team too many and all of them sleep between
     operations; a thread that ends takes its team along, and the engine's stays the only one.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="miles-load") as threads:
-        return threads.submit(build).result()
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(build())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # A daemon: Ctrl-C while a large model loads need not wait for the rest of it.
+    thread = threading.Thread(target=run, name="miles-load", daemon=True)
+    thread.start()
+    result = done.result()
+    thread.join()
+    return result
 
 
 @dataclass(eq=False)

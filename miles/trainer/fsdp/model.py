@@ -43,7 +43,7 @@ def load_model(folder: str, *, dtype: torch.dtype, gradient_checkpointing: bool)
         )
     norm.use_in(model)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
