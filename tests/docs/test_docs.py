@@ -48,6 +48,7 @@ from miles.errors import DataError, HookError, MilesError
 from miles.hooks import CATALOG, bind
 from miles.hooks.check import list_main
 from miles.hooks.point import allowed_policies
+from miles.observe.record import read_rollouts
 from miles.rollout.dataset import read_rows
 from miles.types import Sample
 
@@ -127,6 +128,15 @@ def test_the_readme_shows_the_example() -> None:
     block = next(b for b in blocks("python") if b.page == README)
     source = (ROOT / "examples/own_reward/reward.py").read_text()
     assert source.endswith(block.text)
+
+
+def test_the_example_trains(workplace: Path) -> None:
+    """The README's command, shortened to one rollout: shares of a point, which the quickstart's reward never gives."""
+    flags = ["--custom-rm-path", "examples/own_reward/reward.py:reward", "--run-dir", "runs/own_reward", "--quiet"]
+    short = ["--num-rollout", "1", "--rollout-batch-size", "4", "--skip-eval-before-train", "--eval-interval", "9"]
+    assert main(["train", "--config", "examples/quickstart/carry.yaml", *flags, *short]) == 0
+    rewards = {sample.reward for sample in read_rollouts("runs/own_reward", 0)}
+    assert rewards - {0.0, 1.0} and all(0 <= reward <= 1 for reward in rewards)
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
