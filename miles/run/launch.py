@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from miles.engine.embedded.engine import EmbeddedEngine, end_of_sequence_ids, in
 from miles.engine.embedded.model import load_config
 from miles.hooks import Hooks
 from miles.observe.display import Display
+from miles.observe.files import disk_errors, temporary_name
 from miles.observe.logging import configure_logger
 from miles.observe.record import RunRecord
 from miles.observe.summary import RunClock
@@ -86,19 +88,37 @@ class Run:
             world_size=1,
             seed=self.config.run.seed,
         )
-        resume.write(
-            Path(self.config.checkpoint.save),
-            meta,
-            lambda folder: actor.backend.save(folder, with_optimizer=not checkpoint.no_save_optim),
-            lambda: self.rollout.manager.save(rollout_id),
-        )
+        folder = Path(checkpoint.save)
+        with disk_errors(folder / f"iter_{meta.iteration:07d}", "--save"):
+            resume.write(
+                folder,
+                meta,
+                lambda folder: actor.backend.save(folder, with_optimizer=not checkpoint.no_save_optim),
+                lambda: self.rollout.manager.save(rollout_id),
+            )
         if checkpoint.save_hf is not None:
-            actor.backend.export_hf(Path(checkpoint.save_hf.format(rollout_id=rollout_id)))
+            self._export(Path(checkpoint.save_hf.format(rollout_id=rollout_id)), "--save-hf")
+
+    def _export(self, folder: Path, flag: str) -> None:
+        """A Hugging Face folder; files of an earlier export are replaced when the new ones are complete.
+
+        Raises RunDirError, which names `flag`.
+        """
+        assert self.trainer is not None
+        unfinished = temporary_name(folder)
+        with disk_errors(folder, flag):
+            try:
+                self.trainer.actor.backend.export_hf(unfinished)
+                folder.mkdir(exist_ok=True)
+                for file in unfinished.iterdir():
+                    os.replace(file, folder / file.name)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     async def export_final(self) -> None:
         """The trained model as a Hugging Face folder in the run directory."""
         assert self.trainer is not None
-        await self.trainer.call(self.trainer.actor.backend.export_hf, self.record.path / "model")
+        await self.trainer.call(self._export, self.record.path / "model", "--run-dir")
 
     def close_display(self) -> None:
         self.display.close()

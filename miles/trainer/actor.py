@@ -263,6 +263,8 @@ class TrainActor:
         if not results:
             return {}
         names = list(results[0])
+        if not names and not any(results):  # a loss of the user's own may report none
+            return {}
         for other in results[1:]:
             if list(other) != names:
                 raise UsageError(

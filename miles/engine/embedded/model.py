@@ -283,6 +283,9 @@ def load_tensors(model_dir: str | Path, *, dtype: torch.dtype | None, device: st
             loaded = load_file(str(file), device=device)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: damaged or unreadable: {error}") from error
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{file} cannot be loaded to the device {device!r}: {reason}") from error
         for name, tensor in loaded.items():
             tensors[name] = tensor if dtype is None else tensor.to(dtype)
     return tensors

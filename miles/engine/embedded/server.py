@@ -281,6 +281,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if options.max_running_requests < 1:
             raise FlagError("--max-running-requests", given=options.max_running_requests, expected="a number >= 1")
+        if options.max_total_tokens is not None and options.max_total_tokens < 2:
+            raise FlagError("--max-total-tokens", given=options.max_total_tokens, expected="a number >= 2")
         listener = bind_port(options.host, options.port, flag="--port")
         with listener:
             _serve(options, listener)

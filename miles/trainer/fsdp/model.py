@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -26,15 +27,21 @@ def load_model(folder: str, *, dtype: torch.dtype, gradient_checkpointing: bool)
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation=attention.NAME
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation=attention.NAME, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
             f"--hf-checkpoint {folder}: transformers cannot load it as a causal language model: "
             f"{type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"--hf-checkpoint {folder}: {len(names)} weights of a {type(model).__name__} are not in its files, such as "
+            f"{names[0]}; they would be random numbers. Copy the folder of the model again."
+        )
     head = model.get_output_embeddings()
     if head is None or head.bias is not None:
         raise CheckpointError(
