@@ -39,21 +39,31 @@ def write(path: Path, state: dict[str, Any]) -> None:
     content = io.BytesIO()
     torch.save(state, content)
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content.getbuffer())
+
+
+def replace_file(path: Path, data: bytes | memoryview) -> None:
+    """Write `path`, durably, so that a reader sees the old content or the new, never part of it. Raises OSError."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(unfinished, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import torch
 
 from miles.errors import CheckpointError
 from miles.observe import debug_data
+from miles.rollout.data_state import replace_file, sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OUTDATED = ".outdated"
@@ -109,7 +110,7 @@ def write(save: Path, meta: Meta, write_model: Callable[[Path], None], write_rol
         shutil.rmtree(outdated, ignore_errors=True)
         final.rename(outdated)
     unfinished.rename(final)
-    _sync(save)
+    sync(save)
     shutil.rmtree(outdated, ignore_errors=True)
     replace_file(save / TRACKER, f"{meta.iteration}\n".encode())
     return final
@@ -120,28 +121,9 @@ def _outdated(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}{OUTDATED}")
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write `path` so that a reader sees the old content or the new, never part of it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(unfinished, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    _sync(path.parent)
-
-
 def sync_tree(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 # ---- random generators -------------------------------------------------------------------------------------------
