@@ -137,7 +137,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         configure_logger(level=logging.WARNING)
     else:
         configure_logger()
-    checkpoint = resume.find(config.checkpoint.load)
+    checkpoint = resume.find(config.checkpoint.load, config.checkpoint.save)
     record = stack.enter_context(_open_record(config, resuming=checkpoint is not None))
     record.prepare()
     record.write_config(as_yaml(config), resolved(config, args))

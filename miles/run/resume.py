@@ -61,13 +61,22 @@ class Checkpoint:
     meta: Meta
 
 
-def find(load: str | None) -> Checkpoint | None:
+def find(load: str | None, save: str | None = None) -> Checkpoint | None:
     """The latest complete checkpoint under `--load`; None where the folder has none yet.
 
-    None is no error: scripts name one folder for `--load` and `--save`, and the first run finds it empty.
+    None is no error for a folder that `--save` names as well: scripts name one for both, and the first run finds it
+    empty. Any other folder without a checkpoint is a mistake: CheckpointError.
     """
-    if load is None or not (Path(load) / TRACKER).is_file():
+    if load is None:
         return None
+    if not (Path(load) / TRACKER).is_file():
+        if save is not None and Path(save).absolute() == Path(load).absolute():
+            return None
+        found = f"it has no {TRACKER}" if Path(load).is_dir() else "there is no such folder"
+        raise CheckpointError(
+            f"--load {load}: no checkpoint to go on from: {found}. Expected a folder that --save wrote. To start anew, "
+            "leave out --load, or name the same folder with --save."
+        )
     tracker = Path(load) / TRACKER
     text = tracker.read_text().strip()
     if not text.isdecimal():

@@ -76,7 +76,14 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
 
 def test_nothing_there_yet_is_no_error(tmp_path: Path) -> None:
     assert resume.find(None) is None
-    assert resume.find(str(tmp_path / "absent")) is None
+    assert resume.find(str(tmp_path / "absent"), str(tmp_path / "absent")) is None
+
+
+def test_a_folder_without_a_checkpoint_is_a_mistake_where_nothing_is_saved_to_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--load .*absent: .*there is no such folder.*leave out --load"):
+        resume.find(str(tmp_path / "absent"), str(tmp_path / "other"))
+    with pytest.raises(CheckpointError, match=r"it has no latest_checkpointed_iteration.txt"):
+        resume.find(str(tmp_path))
 
 
 @pytest.mark.parametrize(
