@@ -1,5 +1,6 @@
-"""`miles check`: what the plug-ins of a run were bound as, or everything that is wrong with them. `miles hooks`: the
-plug points themselves, from the catalogue.
+"""`miles hooks`: the plug points, from the catalogue, and what the plug-ins of a run were bound as.
+
+`miles check`, which calls them too, is `miles.trial`.
 """
 
 from __future__ import annotations
@@ -7,15 +8,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from miles.errors import FlagError
 from miles.hooks.bind import Hooks, bind
 from miles.hooks.call import Hook
 from miles.hooks.catalog import CATALOG, plug_point_named
 from miles.hooks.docs import customization_page
+from miles.hooks.foreign import adapter_of
 from miles.hooks.point import PlugPoint, allowed_policies
 from miles.hooks.problems import form_text
 
@@ -32,7 +35,7 @@ class _RunSettings(Protocol):
 
 
 class CheckedConfig(Protocol):
-    """What `miles check` needs of a resolved config: the section `run`, and the notices to print."""
+    """What is needed of a resolved config: the section `run`, and the notices to print."""
 
     @property
     def run(self) -> _RunSettings: ...
@@ -40,7 +43,7 @@ class CheckedConfig(Protocol):
     def notices(self) -> Sequence[str]: ...
 
 
-def check_main(config: CheckedConfig, args: Namespace) -> int:
+def bound_main(config: CheckedConfig, args: Namespace) -> int:
     """Bind every plug-in of the run and print the table. Raises HookReport (exit status 2) with all problems."""
     run = config.run
     hooks = bind(args, run.hook_policy, run.hook_form, run.hook_timeout_s, run.hook_error_budget)
@@ -65,7 +68,8 @@ def bound_table(hooks: Hooks, args: Namespace) -> str:
         rows.append((hook.point.flag, hook.path, form_of(hook), str(hook.source), str(hook.policy)))
         if backend is not None and backend not in hook.point.backends:
             notes.append(f"note: {hook.point.flag} is never called with --train-backend {backend}")
-    return "\n".join([*_columns(rows), *notes, f"{len(rows) - 1} plug-ins bound, no problems."])
+    closing = f"{len(rows) - 1} plug-in{'s' if len(rows) != 2 else ''} bound, no problems."
+    return "\n".join([*columns_text(rows), *notes, closing])
 
 
 def form_of(hook: Hook) -> str:
@@ -75,10 +79,14 @@ def form_of(hook: Hook) -> str:
         extra.append("object of the class")
     if hook.in_thread:
         extra.append("in a thread")
+    adapter = adapter_of(hook.target)
+    if adapter is not None:
+        extra.append(adapter)
     return f"{hook.form} ({', '.join(extra)})" if extra else hook.form
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def columns_text(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines in which every column is as wide as its widest cell."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
@@ -88,12 +96,16 @@ def list_main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="miles hooks", description="List the plug points of a run, or show one.")
     parser.add_argument("name", nargs="?", help="a plug point: custom-rm, custom_rm or --custom-rm-path")
     parser.add_argument("--markdown", action="store_true", help="write docs/customization.md to standard output")
+    parser.add_argument("--json", action="store_true", help="write what the catalogue says as JSON")
     # `--custom-rm-path` would be read as an option of this command.
     given = parser.parse_args([word.lstrip("-") if plug_point_named(word) else word for word in argv])
-    if given.markdown:
+    if given.json:
+        points = [known_point(given.name)] if given.name else list(CATALOG.values())
+        print(json.dumps([point_record(point) for point in points], indent=2))
+    elif given.markdown:
         print(customization_page([known_point(given.name)] if given.name else ()), end="")
     elif given.name is None:
-        print("\n".join(_columns([(point.flag, point.when) for point in CATALOG.values()])))
+        print("\n".join(columns_text([(point.flag, point.when) for point in CATALOG.values()])))
         print("\n`miles hooks NAME` shows one in full; `miles new NAME` writes a skeleton.")
     else:
         print(point_text(known_point(given.name)))
@@ -111,6 +123,44 @@ def known_point(name: str) -> PlugPoint:
     return point
 
 
+def point_record(point: PlugPoint) -> dict[str, Any]:
+    """What the catalogue says about one plug point, for `miles hooks --json`.
+
+    Example (some of it)::
+
+        {"name": "custom_rm", "flag": "--custom-rm-path", "default": null, "process": "manager", "pure": true,
+         "signature": "(args: Namespace, sample: Sample) -> float | dict[str, Any]", "replayable": true,
+         "forms": [{"name": "sample", "signature": "...", "recognised_by": "..."}], "policies": ["raise", "drop"]}
+    """
+    return {
+        "name": point.name,
+        "key": point.key,
+        "flag": point.flag,
+        "plural": point.plural,
+        "default": point.default,
+        "signature": point.canonical,
+        "awaited": point.awaited,
+        "contract": point.contract,
+        "when": point.when,
+        "process": point.process,
+        "backends": list(point.backends),
+        "forms": [
+            {
+                "name": form.name,
+                "target": form.target,
+                "signature": form.signature,
+                "recognised_by": form.recognised_by,
+            }
+            for form in point.forms
+        ],
+        "methods": list(point.methods),
+        "policies": ["raise", *(action for action, _ in point.tolerates), *(["retry:N"] if point.retries else [])],
+        "pure": point.pure,
+        "replayable": not point.replay,
+        "why_not_replayable": point.replay or None,
+    }
+
+
 def point_text(point: PlugPoint) -> str:
     """Everything the catalogue says about one plug point."""
     lines = [
@@ -122,6 +172,8 @@ def point_text(point: PlugPoint) -> str:
         f"default   {point.default or 'none'}",
         f"policies  {allowed_policies(point)}",
         *(f"          {action}: {what}" for action, what in point.tolerates),
+        f"check     {'called by `miles check`' if point.pure else 'not called by `miles check`: it acts on something'}",
+        f"replay    {'on a recorded rollout or from a bundle' if not point.replay else point.replay}",
         "",
         "accepted forms (--hook-form names):",
     ]
