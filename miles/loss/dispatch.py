@@ -8,9 +8,11 @@ from miles.errors import UsageError
 from miles.loss.policy import policy_loss
 from miles.loss.sft import sft_loss
 from miles.loss.types import LossFunction, LossInputs, LossOutput, LossPlugins, LossSettings
+from miles.loss.value import value_loss
 
 LOSSES: dict[str, LossFunction] = {
     "policy_loss": policy_loss,
+    "value_loss": value_loss,
     "sft_loss": sft_loss,
 }
 """The built-in losses by `--loss-type`. `custom_loss` is called through `published.custom_loss`."""

@@ -30,7 +30,7 @@ class LossSettings:
     Example: `LossSettings(eps_clip=0.2, eps_clip_high=0.28)`, or `LossSettings.of(config.algorithm)`.
     """
 
-    loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = "policy_loss"
+    loss_type: Literal["policy_loss", "value_loss", "sft_loss", "custom_loss"] = "policy_loss"
     advantage_estimator: str = "grpo"
     calculate_per_token_loss: bool = False
     eps_clip: float = 0.2
@@ -48,6 +48,7 @@ class LossSettings:
     use_rollout_logprobs: bool = False
     use_opsm: bool = False
     opsm_delta: float = 1e-4
+    value_clip: float = 0.2
 
     def __post_init__(self) -> None:
         if self.eps_clip_c is not None and self.eps_clip_c <= 1:
@@ -73,6 +74,11 @@ class LossSettings:
         """Whether an importance function runs: to correct the loss, or only to measure."""
         return self.use_tis or self.get_mismatch_metrics
 
+
+Column = Literal[
+    "old_log_probs", "rollout_log_probs", "ref_log_probs", "advantages", "values", "old_values", "returns"
+]
+"""What a loss may ask `LossInputs.require` for."""
 
 TisFunction = Callable[..., tuple[Tensor, list[Tensor], dict[str, Tensor]]]
 """`--custom-tis-function-path`, called by keyword; see `importance`."""
@@ -114,6 +120,9 @@ class LossInputs:
     rollout_log_probs: Tensor | None = None  # float32 [R]
     ref_log_probs: Tensor | None = None  # float32 [R]
     advantages: Tensor | None = None  # float32 [R]
+    values: Tensor | None = None  # float32 [R], the critic's, with gradient
+    old_values: Tensor | None = None  # float32 [R], the critic's before the first step
+    returns: Tensor | None = None  # float32 [R], what the critic learns
 
     @staticmethod
     def of(micro: PackedBatch, current: TokenLogProbs, columns: Mapping[str, Tensor]) -> LossInputs:
@@ -152,7 +161,7 @@ class LossInputs:
     def reducer(self, *, per_token: bool) -> SumOfSampleMean:
         return SumOfSampleMean(self.loss_mask, self.sample_ids, self.num_samples, per_token=per_token)
 
-    def require(self, name: Literal["old_log_probs", "rollout_log_probs", "ref_log_probs", "advantages"]) -> Tensor:
+    def require(self, name: Column) -> Tensor:
         """The column, or a UsageError that says which flag or plug-in should have provided it."""
         column: Tensor | None = getattr(self, name)
         if column is None:
@@ -167,6 +176,9 @@ PROVIDED_BY = {
     "your generate function set sample.rollout_log_probs, one float per response token, on every sample.",
     "ref_log_probs": "--use-kl-loss and --kl-coef need a reference model: give --ref-load.",
     "advantages": "--disable-compute-advantages-and-returns leaves them out; use it with sft_loss or custom_loss only.",
+    "values": "They are the critic's: give --advantage-estimator ppo.",
+    "old_values": "They come from the critic's pass before training: give --advantage-estimator ppo.",
+    "returns": "--disable-compute-advantages-and-returns leaves them out.",
 }
 
 
