@@ -32,8 +32,11 @@ class Sample:
                weight_versions=["4"])
     """
 
-    class Status(Enum):
-        """Where a sample stands. FAILED is a recoverable failure that may carry a useful partial response."""
+    class Status(str, Enum):  # noqa: UP042 (a StrEnum would print as its bare value)
+        """Where a sample stands. FAILED is a recoverable failure that may carry a useful partial response.
+
+        A member equals its value, so the plain strings that some plug-ins store count like members.
+        """
 
         PENDING = "pending"
         COMPLETED = "completed"
@@ -162,7 +165,7 @@ class Sample:
     @property
     def effective_response_length(self) -> int:
         """Response tokens that are trained on."""
-        return sum(self.loss_mask) if self.loss_mask is not None else self.response_length
+        return int(sum(self.loss_mask)) if self.loss_mask is not None else self.response_length
 
     def validate(self) -> None:
         """Raise AssertionError where the lengths of this sample's columns contradict each other."""
@@ -220,11 +223,17 @@ class Failure:
     location: str  # file:line of the innermost frame in the user's own code
     sample_index: int | None = None
     bundle: str | None = None  # folder that `miles replay` re-runs
+    dropped: bool = False  # its policy is `drop`: optimizer steps do not count the sample either
 
 
 def is_failed(sample: Any) -> bool:
     """True for a sample whose score failed under a tolerant policy."""
     return getattr(sample, "failure", None) is not None
+
+
+def is_dropped(sample: Any) -> bool:
+    """True for a failed sample that has left its group under the policy `drop`; under `mask` it keeps its place."""
+    return is_failed(sample) and bool(sample.failure.dropped)
 
 
 # ---- rollout functions -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Samples to train batch to micro batch, as pure functions over flat arrays.
 
-    flatten_groups, trim_rollout     groups of a rollout -> flat samples that fill whole optimizer steps
+    flatten_groups, check_samples,
+      trim_rollout                   groups of a rollout -> flat samples that fill whole optimizer steps
     default_rewards, plugin_rewards  rewards -> (raw, trained on)
     to_train_batch                   samples -> TrainBatch      (from_published_dict: a custom conversion's dict)
     split_batch                      TrainBatch -> one shard per data-parallel rank
@@ -12,7 +13,8 @@ Nothing here knows of models, plug-ins or processes.
 
 from __future__ import annotations
 
-from miles.batch.convert import from_published_dict, to_train_batch
+from miles.batch.check import check_samples
+from miles.batch.convert import from_published_dict, to_train_batch, with_failed_rows
 from miles.batch.micro import by_count, by_tokens, num_by_tokens, step_rows
 from miles.batch.pack import PackedBatch, pack
 from miles.batch.ragged import put_back
@@ -29,6 +31,7 @@ __all__ = [
     "TrimmedRollout",
     "by_count",
     "by_tokens",
+    "check_samples",
     "default_rewards",
     "flatten_groups",
     "from_published_dict",
@@ -41,4 +44,5 @@ __all__ = [
     "step_rows",
     "to_train_batch",
     "trim_rollout",
+    "with_failed_rows",
 ]

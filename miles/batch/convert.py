@@ -6,6 +6,7 @@ Rewards arrive ready: `rewards` computes them. Trimming comes before (`trim`), c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from miles.batch.columns import (
     response_tensor,
     whole_numbers,
 )
-from miles.batch.ragged import FloatArray, flatten_rows, offsets_of
+from miles.batch.ragged import FloatArray, IntArray, flatten_rows, offsets_of
 from miles.batch.types import ROW_COLUMNS, TrainBatch, row_name
 from miles.batch.view import RESPONSE_COLUMNS
 from miles.errors import UsageError
@@ -212,6 +213,47 @@ def from_published_dict(data: Mapping[str, Any]) -> TrainBatch:
             setattr(batch, key, one_per_row(key, data[key], n))
     keep_unknown(batch, data, n, name_of)
     return batch
+
+
+def with_failed_rows(batch: TrainBatch, failed: Sequence[bool]) -> TrainBatch:
+    """A custom conversion's batch with a row for each sample that it was not shown, because its score failed.
+
+    Such a row has no tokens and counts as a sample: the rollout still fills its optimizer steps, and no plug-in sees
+    it. It stands where the sample stood; behind all others where the conversion changed the number of rows.
+    """
+    num_failed = sum(failed)
+    if num_failed == 0:
+        return batch
+    if len(batch) != len(failed) - num_failed:
+        failed = [False] * len(batch) + [True] * num_failed
+    places = np.flatnonzero(~np.asarray(failed, dtype=np.bool_))
+
+    def spread(column: IntArray) -> IntArray:
+        result = np.zeros(len(failed), dtype=column.dtype)
+        result[places] = column
+        return result
+
+    def spread_list(column: list[Any] | None) -> list[Any] | None:
+        if column is None:
+            return None
+        values = iter(column)
+        return [None if bad else next(values) for bad in failed]
+
+    rewards: Any = None
+    if batch.rewards is not None:
+        entries = iter(batch.rewards)
+        rewards = numbers_or_list("rewards", [0.0 if bad else next(entries) for bad in failed], len(failed))
+    others: dict[str, Any] = {key: spread_list(getattr(batch, key)) for key in ROW_COLUMNS}
+    return replace(
+        batch,
+        token_offsets=offsets_of(spread(batch.total_lengths)),
+        response_lengths=spread(batch.response_lengths),
+        failed=np.asarray(failed, dtype=np.bool_),
+        rewards=rewards,
+        truncated=None if batch.truncated is None else spread(batch.truncated),
+        extras={key: spread_list(column) or [] for key, column in batch.extras.items()},
+        **others,
+    )
 
 
 def has(data: Mapping[str, Any], key: str) -> bool:

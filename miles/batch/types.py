@@ -47,7 +47,8 @@ class TrainBatch:
                    failed=[False, False])
 
     A row whose score failed has `failed` set, reward 0, raw reward None and an empty mask: it keeps its place, and no
-    statistic counts it.
+    statistic counts it. Where it is `dropped` as well, the mean over the samples of its optimizer step is taken without
+    it.
     """
 
     tokens: IntArray  # int64 [T]
@@ -55,6 +56,7 @@ class TrainBatch:
     response_lengths: IntArray  # int64 [N]
     loss_masks: npt.NDArray[np.int32]  # int32 [R], 1 = trained
     failed: npt.NDArray[np.bool_]  # bool [N]
+    dropped: npt.NDArray[np.bool_] | None = None  # bool [N]; None where no row is
     # float32 [N] after post-processing; a list where a plug-in gave something else than numbers; None where a custom
     # conversion left rewards out.
     rewards: FloatArray | list[Any] | None = None
@@ -85,6 +87,10 @@ class TrainBatch:
 
     def __len__(self) -> int:
         return len(self.response_lengths)
+
+    def num_dropped(self, rows: IntArray) -> int:
+        """How many of `rows` are dropped."""
+        return 0 if self.dropped is None else int(self.dropped[rows].sum())
 
     @property
     def total_lengths(self) -> IntArray:
@@ -122,6 +128,7 @@ class TrainBatch:
             response_lengths=self.response_lengths[rows],
             loss_masks=self.loss_masks[places],
             failed=self.failed[rows],
+            dropped=None if self.dropped is None else self.dropped[rows],
             rewards=self.rewards[rows] if isinstance(self.rewards, np.ndarray) else pick(self.rewards, rows),
             truncated=None if self.truncated is None else self.truncated[rows],
             rollout_log_probs=None if self.rollout_log_probs is None else self.rollout_log_probs[places],
@@ -130,6 +137,19 @@ class TrainBatch:
             shared=dict(self.shared),
             **picked,
         )
+
+    def row_values(self, rows: Sequence[int] | IntArray) -> dict[str, Any]:
+        """Everything about these rows that is no column over tokens, under the published names: one value per row in a
+        list, and the `shared` values whole. Absent columns are left out.
+
+        Example: `{"rewards": [0.7], "raw_reward": [1.0], "sample_indices": [24], "my_column": ["b"], ...}`.
+        """
+        values: dict[str, Any] = {name: pick(column, rows) for name, column in self.extras.items()}
+        for name in ("rewards", "truncated", *ROW_COLUMNS):
+            column = getattr(self, name)
+            if column is not None:
+                values[name] = column[rows].tolist() if isinstance(column, np.ndarray) else pick(column, rows)
+        return {**self.shared, **values}
 
     def name_of(self, row: int) -> str:
         """How error messages call a row: `sample 24`, or `row 3` where the sample has no index."""
@@ -146,7 +166,7 @@ class TrainBatch:
         return PublishedView(self, tensors=tensors)
 
 
-def pick(column: list[Any] | None, rows: IntArray) -> list[Any] | None:
+def pick(column: list[Any] | None, rows: Sequence[int] | IntArray) -> list[Any] | None:
     return None if column is None else [column[i] for i in rows]
 
 

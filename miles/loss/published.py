@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles.batch.media import joined_media
 from miles.batch.pack import PackedBatch
 from miles.errors import UsageError
 from miles.loss.logprobs import log_probs_from_logits
@@ -31,18 +32,22 @@ TOKEN_COLUMNS = ("log_probs", "ref_log_probs", "values", "advantages", "returns"
 def loss_batch(
     micro: PackedBatch,
     columns: Mapping[str, Tensor],
+    row_values: Mapping[str, Any] | None = None,
     *,
-    multimodal_train_inputs: dict[str, Tensor] | None = None,
-    multimodal_num_items: dict[str, list[int]] | None = None,
     dynamic_global_batch_size: int | None = None,
 ) -> dict[str, Any]:
     """The `batch` of a custom loss, under the published keys.
 
     `columns` maps names of `TOKEN_COLUMNS` to flat tensors [R] of this micro batch; those that are missing become None.
+    `row_values` are the micro batch's rows of everything else that is known (`TrainBatch.row_values`): rewards,
+    metadata, teacher_log_probs and the columns of a custom conversion go in as they are, media are joined.
     """
+    row_values = row_values or {}
+    media, num_items = joined_media(row_values.get("multimodal_train_inputs") or (), micro.tokens.device)
     full_masks = torch.zeros(micro.tokens.shape[0], dtype=micro.loss_mask.dtype, device=micro.tokens.device)
     full_masks[micro.predicting] = micro.loss_mask
     batch: dict[str, Any] = {
+        **row_values,
         "tokens": micro.tokens[None],
         "unconcat_tokens": list(torch.split(micro.tokens, micro.total_lengths)),
         "packed_seq_params": None,
@@ -54,10 +59,10 @@ def loss_batch(
         "loss_masks": list(torch.split(micro.loss_mask, micro.response_lengths)),
         "full_loss_masks": full_masks[None],
         "max_seq_lens": None,
-        "multimodal_train_inputs": multimodal_train_inputs,
-        "multimodal_num_items": multimodal_num_items,
+        "multimodal_train_inputs": media or None,
+        "multimodal_num_items": num_items or None,
     }
-    for name in TOKEN_COLUMNS:
+    for name in dict.fromkeys((*TOKEN_COLUMNS, *columns)):
         flat = columns.get(name)
         batch[name] = None if flat is None else list(torch.split(flat, micro.response_lengths))
     if dynamic_global_batch_size is not None:
@@ -97,14 +102,17 @@ def get_responses(
     logits: Tensor,
     *,
     args: Namespace,
-    parallel_state: ParallelState,
+    parallel_state: ParallelState | None = None,
     unconcat_tokens: Sequence[Tensor],
     total_lengths: Sequence[int],
     response_lengths: Sequence[int],
     max_seq_lens: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per sample the logits [R_i, V] that predict its response, divided by the temperature, and its tokens [R_i]."""
-    if parallel_state.cp_size != 1 or parallel_state.tp_size != 1:
+    """Per sample the logits [R_i, V] that predict its response, divided by the temperature, and its tokens [R_i].
+
+    Without `parallel_state` (as losses that know of none call it) samples are whole in this process.
+    """
+    if parallel_state is not None and (parallel_state.cp_size != 1 or parallel_state.tp_size != 1):
         raise ValueError("samples or vocabularies cut over several ranks need the backend's own get_responses")
     if logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"expected float32 logits, got {logits.dtype}")
@@ -121,7 +129,7 @@ def get_log_probs_and_entropy(
     logits: Tensor,
     *,
     args: Namespace,
-    parallel_state: ParallelState,
+    parallel_state: ParallelState | None = None,
     unconcat_tokens: Sequence[Tensor],
     total_lengths: Sequence[int],
     response_lengths: Sequence[int],

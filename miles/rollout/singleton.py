@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 
 class SingletonMeta(type):
-    """The first call builds the instance; every later call returns it and ignores its arguments."""
+    """The first call builds the instance; every later call, from any thread, returns it and ignores its arguments."""
 
     _instances: dict[type, Any] = {}  # noqa: RUF012 (shared by all classes on purpose)
+    # Reentrant: a constructor may ask for other singletons.
+    _lock = threading.RLock()
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls not in SingletonMeta._instances:
-            SingletonMeta._instances[cls] = super().__call__(*args, **kwargs)
+            with SingletonMeta._lock:
+                if cls not in SingletonMeta._instances:
+                    SingletonMeta._instances[cls] = super().__call__(*args, **kwargs)
         return SingletonMeta._instances[cls]
 
     @staticmethod

@@ -6,6 +6,8 @@ import asyncio
 import importlib
 import socket
 import subprocess
+import threading
+import time
 
 import pytest
 
@@ -60,6 +62,28 @@ def test_a_singleton_is_the_first_caller_s() -> None:
     assert Thing(3).value == 1
     misc.SingletonMeta.clear_all_instances()
     assert Thing(4).value == 4
+
+
+def test_a_singleton_is_built_once_however_many_threads_ask() -> None:
+    built: list[int] = []
+
+    class Inner(metaclass=misc.SingletonMeta):
+        pass
+
+    class Slow(metaclass=misc.SingletonMeta):
+        def __init__(self) -> None:
+            Inner()
+            time.sleep(0.02)
+            built.append(1)
+
+    got: list[Slow] = []
+    threads = [threading.Thread(target=lambda: got.append(Slow())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    misc.SingletonMeta.clear_all_instances()
+    assert built == [1] and len(got) == 4 and len({id(one) for one in got}) == 1
 
 
 def test_exec_command(capfd: pytest.CaptureFixture[str]) -> None:
