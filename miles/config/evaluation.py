@@ -35,6 +35,8 @@ DATASET_RUNTIME_SPECS: dict[str, Spec] = {
 }
 """How responses are sampled: field -> where its value is looked up."""
 
+_FURTHER_SPECS: dict[str, Spec] = {"min_new_tokens": _spec("min_new_tokens", "eval_min_new_tokens")}
+
 DATASET_SAMPLE_SPECS: dict[str, Spec] = {
     "input_key": _spec("input_key", "eval_input_key", "input_key"),
     "label_key": _spec("label_key", "eval_label_key", "label_key"),
@@ -137,7 +139,7 @@ def build_eval_dataset_configs(
     args: Any, raw_config: Iterable[dict[str, Any]], defaults: dict[str, Any]
 ) -> list[EvalDatasetConfig]:
     """One config per entry. Raises TypeError for keys that an evaluation set does not have."""
-    known = {**DATASET_RUNTIME_SPECS, **DATASET_SAMPLE_SPECS}
+    known = {**DATASET_RUNTIME_SPECS, **DATASET_SAMPLE_SPECS, **_FURTHER_SPECS}
     configs = []
     for raw in raw_config:
         entry = dict(raw)
@@ -214,6 +216,8 @@ def _refuse_unknown(path: str, entry: dict[str, Any]) -> None:
 
 
 _TEXT = Check("text", lambda v: isinstance(v, str) and v != "")
+_TEXTS = Check("a text or a list of texts", lambda v: isinstance(v, str) or _all_of(v, str))
+_IDS = Check("a list of token ids", lambda v: _all_of(v, int))
 _COUNT = Check("a whole number >= 1", lambda v: type(v) is int and v >= 1)
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("name", "path", "rm_type", "input_key", "label_key", "tool_key", "metadata_key"), _TEXT),
@@ -221,7 +225,14 @@ _CHECKS: dict[str, Check] = {
     "temperature": at_least(0),
     "top_p": FRACTION,
     "top_k": TOP_K,
+    "stop": _TEXTS,
+    "stop_token_ids": _IDS,
+    "min_new_tokens": Check("a whole number >= 0", lambda v: type(v) is int and v >= 0),
 }
+
+
+def _all_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(entry) is kind for entry in value)
 
 
 def _allowed(value: Any, check: Check) -> bool:

@@ -22,6 +22,7 @@ from miles.config import model_folder
 from miles.config.draft import Draft
 from miles.config.evaluation import resolve_eval_datasets
 from miles.config.machine import local_gpus
+from miles.config.rewards import resolve_reward
 from miles.config.sections import FLAGS
 from miles.errors import FlagError
 
@@ -284,6 +285,30 @@ def over_sampling(draft: Draft) -> None:
         )
 
 
+MULTI_TURN = "miles.rollout.generate_hub.multi_turn.generate"
+
+
+def multi_turn(draft: Draft) -> None:
+    """What the built-in conversation with tools cannot do without, and what it cannot do."""
+    path = draft["custom_generate_function_path"]
+    if path is None or path.replace(":", ".") != MULTI_TURN:
+        return
+    needed = {
+        "--generate-execute-tool-function-path": draft["generate_execute_tool_function_path"],
+        "--generate-tool-call-parser": draft.extras.get("generate_tool_call_parser"),
+    }
+    missing = [option for option, value in needed.items() if value is None]
+    if missing:
+        raise FlagError(f"--custom-generate-function-path {path}", given=f"needs {' and '.join(missing)}.")
+    if draft["partial_rollout"]:
+        raise FlagError("--partial-rollout", given=f"{path} cannot go on with a conversation that was cut short.")
+
+
+def partial_rollout(draft: Draft) -> None:
+    if draft["mask_offpolicy_in_partial_rollout"] and not draft["partial_rollout"]:
+        draft.notices.append("--mask-offpolicy-in-partial-rollout: no meaning here, there is no --partial-rollout.")
+
+
 def log_prob_tokens(draft: Draft) -> None:
     if draft["max_tokens_per_gpu"] is not None:
         draft.fill("log_probs_max_tokens_per_gpu", draft["max_tokens_per_gpu"])
@@ -364,9 +389,12 @@ EFFECTS: list[Rule] = [
     trimming,
     group_of_one,
     over_sampling,
+    multi_turn,
+    partial_rollout,
     log_prob_tokens,
     prompt_length,
     evaluation,
+    resolve_reward,
     epochs,
     routing_replay,
     training_temperature,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from math import comb
 from typing import Any, Literal
 
+from miles.errors import FlagError
 from miles.observe.jsonable import as_number
 from miles.types import Sample, is_failed
 
@@ -98,16 +99,22 @@ def compute_pass_rate(flat_rewards: Sequence[Any], group_size: int, num_groups: 
     assert len(flat_rewards) == num_groups * group_size, (
         f"{len(flat_rewards)} rewards are not {num_groups} groups of {group_size}"
     )
+    return pass_rates([flat_rewards[start : start + group_size] for start in range(0, len(flat_rewards), group_size)])
+
+
+def pass_rates(groups: Iterable[Sequence[Any]]) -> dict[str, float]:
+    """`compute_pass_rate` for groups of any sizes, up to the largest.
+
+    Example: `[[1, 0], [0]]` -> `{"pass@1": 0.25, "pass@2": 1.0}`
+    """
     counts = []  # per group: valid samples, correct ones
-    for start in range(0, len(flat_rewards), group_size):
-        numbers = [as_number(reward) for reward in flat_rewards[start : start + group_size]]
+    for group in groups:
+        numbers = [as_number(reward) for reward in group]
         counts.append((sum(number is not None for number in numbers), numbers.count(1)))
     rates = {}
     k = 1
-    while k <= group_size:
-        estimates = [pass_at_k(n, c, k) for n, c in counts if n >= k]
-        if estimates:
-            rates[f"pass@{k}"] = mean(estimates)
+    while any(n >= k for n, _ in counts):
+        rates[f"pass@{k}"] = mean([pass_at_k(n, c, k) for n, c in counts if n >= k])
         k *= 2
     return rates
 
@@ -174,6 +181,15 @@ def category_metrics(samples: Sequence[Sample], category_key: str) -> dict[str, 
     }
 
 
+def group_pass_rates(samples: Iterable[Sample], reward_key: str | None = None) -> dict[str, float]:
+    """pass@k of training groups. Samples without a group index belong to no group."""
+    groups: dict[Hashable, list[Any]] = {}
+    for sample in samples:
+        if sample.group_index is not None:
+            groups.setdefault(sample.group_index, []).append(reward_value(sample, reward_key))
+    return pass_rates(groups.values())
+
+
 # ---- a rollout -------------------------------------------------------------------------------------------------
 
 
@@ -214,11 +230,13 @@ def rollout_metrics(
     reward_key: str | None = None,
     category_key: str | None = None,
     with_zero_std: bool = True,
+    with_pass_rate: bool = False,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`rollout/...` of the flat samples of one rollout; `extra` (the rollout function's metrics) goes in verbatim.
 
-    `with_zero_std` is false for PPO, which has no groups; `category_key` is --log-reward-category.
+    `with_zero_std` is false for PPO, which has no groups; `category_key` is --log-reward-category. `with_pass_rate`
+    (--log-passrate) adds `passrate/pass@<k>`.
 
     Example::
 
@@ -226,7 +244,33 @@ def rollout_metrics(
          "rollout/truncated_ratio": 0.0, "rollout/failed_scores": 0}
     """
     metrics = sample_metrics(samples, reward_key=reward_key, category_key=category_key, with_zero_std=with_zero_std)
-    return {**dict_add_prefix(metrics, "rollout/"), **(extra or {})}
+    rates = dict_add_prefix(group_pass_rates(samples, reward_key), "passrate/") if with_pass_rate else {}
+    return {**dict_add_prefix(metrics, "rollout/"), **rates, **(extra or {})}
+
+
+def multi_turn_metrics(samples: Sequence[Sample], max_response_len: int | None) -> dict[str, float]:
+    """`multi_turn/...` (--log-multi-turn): responses with and without what tools said, and their numbers of turns.
+
+    `response_length_clip_ratio` is the share of responses of at least `max_response_len` tokens. `round_number` is
+    taken from the metadata of samples that have it there.
+    """
+    parts = {
+        "raw_response_length/response_length": [s.response_length for s in samples],
+        "wo_obs_response_length/response_length": [s.effective_response_length for s in samples],
+        "multi_turn_metric/round_number": [
+            number for s in samples if s.metadata and (number := as_number(s.metadata.get("round_number"))) is not None
+        ],
+    }
+    metrics = {
+        f"multi_turn/{name}_{statistic}": value
+        for name, values in parts.items()
+        for statistic, value in compute_statistics(values).items()
+        if statistic != "median"
+    }
+    if samples and max_response_len is not None:
+        clipped = mean([s.response_length >= max_response_len for s in samples])
+        metrics["multi_turn/raw_response_length/response_length_clip_ratio"] = clipped
+    return metrics
 
 
 def _token_speed(
@@ -298,7 +342,9 @@ def eval_metrics(
 
     Keys per data set: `eval/<ds>` (mean reward, absent when every score failed), `eval/<ds>/<key of sample_metrics>`,
     `eval/<ds>-truncated_ratio`, and `with_pass_rate` (--log-passrate) `eval/<ds>-pass@<k>`. `group_size` is the number
-    of samples per problem, for all data sets or by name (1 for a name that is not there). `extra` goes in verbatim.
+    of samples per problem, for all data sets or by name (1 for a name that is not there); a data set with
+    `prompt_indices` (one number per reward) says itself which rewards belong together. `extra` goes in verbatim.
+    Raises FlagError where rewards are to be grouped and are no whole groups.
 
     Example: `{"carry": {"rewards": [1, 0], "truncated": [False, False]}}` ->
     `{"eval/carry": 0.5, "eval/carry-truncated_ratio": 0.0}`
@@ -319,5 +365,22 @@ def eval_metrics(
             metrics[f"eval/{name}-truncated_ratio"] = mean([bool(flag) for flag in truncated])
         if with_pass_rate:
             size = group_size if isinstance(group_size, int) else group_size.get(name, 1)
-            metrics |= dict_add_prefix(compute_pass_rate(rewards, size), f"eval/{name}-")
+            groups = _eval_groups(name, rewards, entry.get("prompt_indices"), size)
+            metrics |= dict_add_prefix(pass_rates(groups), f"eval/{name}-")
     return {**metrics, **(extra or {})}
+
+
+def _eval_groups(name: str, rewards: list[Any], prompt_indices: Sequence[int] | None, size: int) -> list[list[Any]]:
+    """The rewards of each problem."""
+    if prompt_indices is not None and len(prompt_indices) == len(rewards):
+        groups: dict[int, list[Any]] = {}
+        for index, reward in zip(prompt_indices, rewards):
+            groups.setdefault(index, []).append(reward)
+        return list(groups.values())
+    if len(rewards) % size:
+        raise FlagError(
+            "--log-passrate", given=f"{len(rewards)} rewards of evaluation set {name!r} are not groups of {size}.",
+            remedy="Set its n_samples_per_eval_prompt to the samples per problem, or return `prompt_indices` beside "
+            "`rewards`: for each reward the number of its problem.",
+        )  # fmt: skip
+    return [rewards[start : start + size] for start in range(0, len(rewards), size)]

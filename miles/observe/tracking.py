@@ -1,4 +1,4 @@
-"""Where metrics go: the run record always, W&B and TensorBoard when their flags ask for them.
+"""Where metrics go: the run record and the log always, W&B and TensorBoard when their flags ask for them.
 
 One `Tracker` per process, installed by the run; plug-ins reach it through the published functions `init_tracking` and
 `log` (`miles.utils.tracking_utils`). The W&B and TensorBoard packages are imported only when they are used. Leaves the
@@ -92,6 +92,8 @@ class WandbSink:
         if settings.wandb_mode:
             os.environ["WANDB_MODE"] = settings.wandb_mode
         self._online = os.environ.get("WANDB_MODE", "online") == "online"
+        if not self._online:  # nothing goes out then, not even reports of W&B's own errors
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             if settings.wandb_key is not None and self._online:
                 wandb.login(key=settings.wandb_key, host=settings.wandb_host)
@@ -201,6 +203,24 @@ class TensorBoardSink:
         self._writer.close()
 
 
+# ---- the console -----------------------------------------------------------------------------------------------
+
+
+def in_one_line(metrics: Mapping[str, Any], step_key: str | None = None) -> str:
+    """The metrics as a log line, which a run without progress display (--progress none) prints.
+
+    Example: `{"train/step": 3, "train/loss": 0.271828}` over `"train/step"` is `train/step 3: train/loss 0.2718`.
+    """
+    shown = [f"{key} {_short(value)}" for key, value in metrics.items() if key != step_key]
+    head = f"{step_key} {metrics[step_key]}: " if step_key in metrics else ""
+    return head + ", ".join(shown)
+
+
+def _short(value: Any) -> str:
+    number = as_number(value)
+    return f"{number:.4g}" if isinstance(number, float) else str(value if number is None else number)
+
+
 # ---- the tracker of a process ----------------------------------------------------------------------------------
 
 
@@ -254,6 +274,8 @@ class Tracker:
         of_rollout = self.rollout_id if rollout_id is None else rollout_id
         if as_number(metrics.get("train/skipped_step")):
             self._tell_skipped(metrics, of_rollout)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("%s", in_one_line(metrics, step_key))
         if self.record is not None:
             self.record.log(metrics, rollout_id=of_rollout)
         for sink in self.sinks:

@@ -15,14 +15,17 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles.errors import FlagError, RunDirError, UsageError
+from miles.errors import CheckpointError, FlagError, RunDirError, UsageError
 from miles.hooks import load_function
 from miles.rollout import data_state, limits
 from miles.rollout.dataset import Dataset
 from miles.rollout.tokenizer import load_processor, load_tokenizer
 from miles.types import Group, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
@@ -136,18 +139,30 @@ class RolloutDataSource(DataSource):
             data_state.write(state_path(self.args.save, rollout_id), self.state_dict())
 
     def load(self, rollout_id: int | None = None) -> None:
-        """Read the state below `--load`. Without `--load`, or where it holds none, start at the beginning.
+        """Read the state below `--load`; without it, or before the first rollout, start at the beginning.
 
-        Raises CheckpointError for a damaged file.
+        Raises CheckpointError for a damaged file, and for one that is missing beside the weights of that rollout.
         """
         if not self.args.rollout_global_dataset or self.args.load is None:
             return
         path = state_path(self.args.load, rollout_id)
         if not path.is_file():
+            self._refuse_weights_alone(path, rollout_id)
             logger.info("no data position at %s: the data starts at the beginning", path)
             return
         self.load_state_dict(data_state.read(path))
         logger.info("data continues in epoch %d at prompt %d", self.epoch_id, self.sample_offset)
+
+
+    def _refuse_weights_alone(self, path: Path, rollout_id: int | None) -> None:
+        """A run that goes on from trained weights must not go through its data from the start without a word."""
+        weights = None if rollout_id is None else Path(self.args.load) / f"iter_{rollout_id + 1:07d}"
+        if weights is not None and weights.is_dir():
+            raise CheckpointError(
+                f"--load {self.args.load}: {weights} has weights, but {path}, the position in the data that belongs to "
+                "them, does not exist. Put the file back, resume from an earlier checkpoint, or begin the data and the "
+                "count of rollouts anew with --start-rollout-id 0."
+            )
 
 
 class RolloutDataSourceWithBuffer(RolloutDataSource):
@@ -266,18 +281,41 @@ def _load_dataset(args: Namespace) -> Dataset:
             raise RunDirError(
                 f"--dump-details: {args.dump_details} cannot be written ({error.strerror}). Name another folder."
             ) from error
-    return Dataset(
+    return open_dataset(
+        args,
         args.prompt_data,
         tokenizer,
         processor,
-        args.rollout_max_prompt_len,
+        max_length=args.rollout_max_prompt_len,
         prompt_key=args.input_key,
-        multimodal_keys=args.multimodal_keys,
         label_key=args.label_key,
-        tool_key=args.tool_key,
         metadata_key=args.metadata_key,
+        tool_key=args.tool_key,
+    )
+
+
+def open_dataset(
+    args: Namespace,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None,
+    *,
+    max_length: int | None,
+    **columns: str | None,
+) -> Dataset:
+    """A prompt file, read as the run reads all of its files.
+
+    `columns`: `prompt_key`, `label_key`, `metadata_key` and `tool_key`, in which training and evaluation may differ.
+    """
+    return Dataset(
+        path,
+        tokenizer,
+        processor,
+        max_length,
+        multimodal_keys=args.multimodal_keys,
         seed=args.rollout_seed,
         apply_chat_template=args.apply_chat_template,
         apply_chat_template_kwargs=args.apply_chat_template_kwargs,
         context_length=limits.for_prompts_of(args),
+        **columns,
     )

@@ -160,12 +160,16 @@ class _Reader:
             metadata["tools"] = tools
         prompt = self._prompt(line, row)
         self._check_text(line, prompt)
-        return Sample(
+        sample = Sample(
             prompt=self._render(line, prompt, tools) if self.renders else prompt,
             label=None if self.label_key is None else self._required(line, row, self.label_key, "--label-key"),
             metadata=metadata,
             multimodal_inputs=self._media(line, prompt),
         )
+        if self.renders and isinstance(row[self.prompt_key], list):
+            # Rewards that score conversations need to know that this is one.
+            sample.prompt_messages = prompt  # type: ignore[attr-defined]
+        return sample
 
     def _required(self, line: int, row: Row, key: str, flag: str) -> Any:
         if key not in row:

@@ -6,17 +6,17 @@ the samples of two evaluations correspond one to one.
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
 from typing import Any
 
 from miles.config.evaluation import EvalDatasetConfig
 from miles.errors import FlagError
-from miles.rollout import limits
+from miles.hooks.values import BadReturn
+from miles.rollout.data_source import copy_sample, open_dataset
 from miles.rollout.dataset import Dataset
-from miles.rollout.sample import gather_or_cancel, generate_and_rm
+from miles.rollout.sample import flat, gather_or_cancel, generate_and_rm, valid
 from miles.rollout.state import GenerateState, compute_sampling_params
-from miles.types import RolloutFnEvalOutput, Sample, is_failed
+from miles.types import RolloutFnEvalOutput, Sample
 
 DatasetCache = dict[Any, Dataset]
 
@@ -39,40 +39,60 @@ async def evaluate(state: GenerateState, cache: DatasetCache) -> RolloutFnEvalOu
 async def evaluate_dataset(
     state: GenerateState, dataset: EvalDatasetConfig, cache: DatasetCache
 ) -> dict[str, dict[str, Any]]:
-    """One data set: `{name: {"rewards": [...], "truncated": [...], "samples": [...]}}`, in the order of the file.
+    """One data set: `{name: {"rewards": [...], "truncated": [...], "samples": [...], "prompt_indices": [...]}}`.
 
-    Samples whose score failed under a tolerant policy are left out of `rewards`: they are no zeros.
+    All four lists are in the order of the file, one entry per scored sample; `prompt_indices` says which prompt it
+    answers, which is what pass@k groups by. Samples without a score (it failed under a tolerant policy, or generation
+    was aborted) are left out: they are no zeros.
     """
-    args = state.args
     prompts = load_prompts(state, dataset, cache)
-    base = compute_sampling_params(
+    base = sampling_params_of(state.args, dataset)
+    size = dataset.n_samples_per_eval_prompt or 1
+    samples: list[tuple[int, Sample]] = []
+    for prompt in prompts.samples:
+        for position in range(size):
+            sample = copy_sample(prompt)
+            sample.index = len(samples)
+            sample.metadata = dataset.inject_metadata(sample.metadata)
+            samples.append((position, sample))
+    produced = await gather_or_cancel(
+        generate_and_rm(state, sample, state.params_for(sample, position, base), evaluation=True)
+        for position, sample in samples
+    )
+    scored = [(i, s) for i, entry in enumerate(produced) for s in flat(valid([entry])) if s.reward is not None]
+    return {
+        dataset.name: {
+            "rewards": [_reward(state, s) for _, s in scored],
+            "truncated": [s.status == Sample.Status.TRUNCATED for _, s in scored],
+            "samples": [s for _, s in scored],
+            "prompt_indices": [i // size for i, _ in scored],
+        }
+    }
+
+
+def sampling_params_of(args: Namespace, dataset: EvalDatasetConfig) -> dict[str, Any]:
+    """The training run's sampling parameters with all that the evaluation set says otherwise."""
+    params = compute_sampling_params(
         args,
         temperature=dataset.temperature,
         top_p=dataset.top_p,
         top_k=dataset.top_k,
         max_new_tokens=dataset.max_response_len,
     )
-    samples: list[tuple[int, Sample]] = []
-    for prompt in prompts.samples:
-        for position in range(dataset.n_samples_per_eval_prompt):
-            sample = copy.deepcopy(prompt)
-            sample.index = len(samples)
-            sample.metadata = dataset.inject_metadata(prompt.metadata)
-            samples.append((position, sample))
-    produced = await gather_or_cancel(
-        generate_and_rm(state, sample, state.params_for(sample, position, base), evaluation=True)
-        for position, sample in samples
-    )
-    flat = [s for entry in produced for s in (entry if isinstance(entry, list) else [entry])]
-    scored = [s for s in flat if not is_failed(s)]
-    key = args.eval_reward_key or args.reward_key
-    return {
-        dataset.name: {
-            "rewards": [s.reward[key] if key else s.reward for s in scored],
-            "truncated": [s.status == Sample.Status.TRUNCATED for s in scored],
-            "samples": scored,
-        }
-    }
+    own = {"stop": dataset.stop, "stop_token_ids": dataset.stop_token_ids, "min_new_tokens": dataset.min_new_tokens}
+    return {**params, **{name: value for name, value in own.items() if value is not None}}
+
+
+def _reward(state: GenerateState, sample: Sample) -> Any:
+    """The number that counts in evaluation. Raises HookError where a dict has none under the key."""
+    key = state.args.eval_reward_key or state.args.reward_key
+    if not key:
+        return sample.reward
+    if not isinstance(sample.reward, dict) or key not in sample.reward:
+        given = ", ".join(map(repr, sample.reward)) if isinstance(sample.reward, dict) else repr(sample.reward)
+        problem = BadReturn("type", f"returned no {key!r}, which --eval-reward-key names, but {given}")
+        state.context.reward(state.args).reject(problem, state.args, sample, sample=sample)
+    return sample.reward[key]
 
 
 def load_all(state: GenerateState, cache: DatasetCache) -> None:
@@ -85,18 +105,15 @@ def load_prompts(state: GenerateState, dataset: EvalDatasetConfig, cache: Datase
     args: Namespace = state.args
     key = (*dataset.cache_key, args.hf_checkpoint, args.apply_chat_template)
     if key not in cache:
-        cache[key] = Dataset(
+        cache[key] = open_dataset(
+            args,
             dataset.path,
-            tokenizer=state.tokenizer,
-            processor=state.processor,
+            state.tokenizer,
+            state.processor,
             max_length=args.eval_max_prompt_len,
             prompt_key=dataset.input_key,
             label_key=dataset.label_key,
-            multimodal_keys=args.multimodal_keys,
             metadata_key=dataset.metadata_key,
             tool_key=dataset.tool_key,
-            apply_chat_template=args.apply_chat_template,
-            apply_chat_template_kwargs=args.apply_chat_template_kwargs,
-            context_length=limits.for_prompts_of(args),
         )
     return cache[key]

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from miles.errors import UsageError
 from miles.hooks import ObjectHook
-from miles.hooks.values import BadReturn, Kind
+from miles.hooks.values import BadReturn, Kind, kind_of
 from miles.rollout.filter_hub.base_types import MetricGatherer
 from miles.rollout.sample import first_sample, generate_and_rm_group, valid
 from miles.rollout.state import GenerateState
@@ -73,6 +73,8 @@ class _Collection:
         self.in_flight: dict[asyncio.Task[Group], int] = {}
         self.kept: list[Group] = []
         self.all: list[Group] = []
+        # Identities of the samples of this rollout, all of which `in_flight` or `all` keeps alive.
+        self._fetched: set[int] = set()
         self._submitted = self._dropped = 0
         self._reasons: Counter[str] = Counter()
         self._warn_at = DROPS_BEFORE_WARNING * self.target
@@ -92,6 +94,9 @@ class _Collection:
         source = source_of_method(self.state, self.get_samples)
         groups = self.get_samples(count) if source is None else source.enter(self.get_samples, count)
         size = self.args.n_samples_per_prompt
+        if groups is not None and not isinstance(groups, list):
+            found = f"get_samples({count}) returned {kind_of(groups)}, expected a list of groups"
+            self._refuse_groups("type", found, "one inner list per prompt")
         if not groups and not self.in_flight:
             self._refuse_groups(
                 "none", f"get_samples({count}) returned no groups while rollout {self.rollout_id} still needs "
@@ -108,6 +113,11 @@ class _Collection:
                     "length", f"get_samples({count}) returned a group of {len(group)} samples", f"each prompt has "
                     f"{size}: --n-samples-per-prompt",
                 )  # fmt: skip
+        samples = [id(sample) for group in groups or [] for sample in group]
+        if len(set(samples)) < len(samples) or not self._fetched.isdisjoint(samples):
+            found = f"get_samples({count}) returned one Sample object several times"
+            self._refuse_groups("type", found, "make a new Sample for each")
+        self._fetched.update(samples)
         return groups or []
 
     def _refuse_groups(self, kind: Kind, found: str, hint: str) -> NoReturn:
@@ -207,10 +217,16 @@ def apply_final_hooks(
     """`--rollout-sample-filter-path`, then `--rollout-all-samples-process-path`."""
     sample_filter = state.context.hook("rollout_sample_filter", args)
     if sample_filter is not None:
-        sample_filter(args, [valid(g) for g in kept])
+        sample_filter(args, _shown(kept))
     process = state.context.hook("rollout_all_samples_process", args)
     if process is not None:
-        process(args, [valid(g) for g in everything], get_samples)
+        process(args, _shown(everything), get_samples)
+
+
+def _shown(groups: list[Group]) -> list[Group]:
+    """What plug-ins see of `groups`: the live list where nothing has failed, else copies without failed members."""
+    shown = [valid(group) for group in groups]
+    return groups if all(new is old for new, old in zip(shown, groups, strict=True)) else [g for g in shown if g]
 
 
 def _order(group: Group) -> Any:

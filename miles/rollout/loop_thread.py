@@ -40,6 +40,11 @@ class AsyncLoopThread:
                 continue
 
     @property
+    def thread_id(self) -> int:
+        assert self.thread.ident is not None  # it is started
+        return self.thread.ident
+
+    @property
     def alive(self) -> bool:
         """False in the child of a fork, which inherits the object but not the thread."""
         return self.thread.is_alive()

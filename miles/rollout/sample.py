@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from miles.hooks import Hook
+from miles.hooks.values import BadReturn
 from miles.rollout.generate_hub import single_turn
 from miles.rollout.state import GenerateState
 from miles.types import Failure, GenerateFnInput, Group, Sample, is_failed
@@ -31,7 +32,7 @@ async def generate_and_rm_group(
         for position, sample in enumerate(group)
     )
     if state.args.group_rm and not state.aborted:
-        await score_batch(state, valid(done), only_unscored=False)
+        await score_batch(state, flat(valid(done)), only_unscored=False)
     return done
 
 
@@ -40,12 +41,16 @@ async def generate_and_rm(
 ) -> Any:
     """Generate one sample and score it. Returns the sample, or the list that a multi-sample function made of it."""
     args = state.args
-    if args.partial_rollout and args.mask_offpolicy_in_partial_rollout and sample.response_length > 0:
+    if is_failed(sample):  # came back with its group, which goes on without it
+        return sample
+    masks = args.partial_rollout and args.mask_offpolicy_in_partial_rollout and sample.response_length > 0
+    earlier = list(sample.tokens) if masks else None
+    if masks:
         sample.loss_mask = [0] * sample.response_length
     if sample.status in (Sample.Status.COMPLETED, Sample.Status.TRUNCATED):
         assert sample.response is not None
         if not args.group_rm:
-            assert sample.reward is not None or is_failed(sample), f"finished sample {sample.index} has no reward"
+            assert sample.reward is not None, f"finished sample {sample.index} has no reward"
         return sample
 
     async with state.generate_fn_semaphore:
@@ -55,6 +60,8 @@ async def generate_and_rm(
         produced = await _generate(state, sample, sampling_params, evaluation)
     if isinstance(produced, Failure):
         return mark_failed(sample, produced)
+    if earlier is not None:
+        _mask_what_was_added(produced, earlier)
     if args.group_rm:
         return produced
 
@@ -66,13 +73,39 @@ async def generate_and_rm(
     return produced
 
 
+def _mask_what_was_added(sample: Sample, earlier: list[int]) -> None:
+    """Ones for the tokens that a generate function has added without a mask of its own to those of `earlier`.
+
+    A function that began anew has no earlier tokens in its response: all of it is trained.
+    """
+    mask, length = sample.loss_mask, sample.response_length
+    if mask is None or len(mask) == length or any(mask):
+        return
+    continued = len(mask) < length and sample.tokens[: len(earlier)] == earlier
+    sample.loss_mask = mask + [1] * (length - len(mask)) if continued else None
+
+
 async def _generate(
     state: GenerateState, sample: Sample, sampling_params: dict[str, Any], evaluation: bool
 ) -> Sample | list[Sample] | Failure:
     given = GenerateFnInput(state, sample, sampling_params, evaluation)
     hook = state.context.hook("custom_generate_function", state.args)
-    output = await (hook.call_async(given) if hook is not None else single_turn.generate(given))
-    return output if isinstance(output, Failure) else output.samples
+    if hook is None:
+        return (await single_turn.generate(given)).samples
+    output = await hook.call_async(given)
+    if isinstance(output, Failure):
+        return output
+    if isinstance(output.samples, list) and state.args.partial_rollout:
+        hook.reject(
+            BadReturn(
+                "type",
+                f"returned a list of {len(output.samples)} samples under --partial-rollout, expected one Sample",
+                "several samples of one prompt cannot be continued: leave out --partial-rollout",
+            ),
+            given,
+            sample=sample,
+        )
+    return output.samples
 
 
 async def score_batch(state: GenerateState, samples: list[Sample], *, only_unscored: bool) -> None:
@@ -98,8 +131,26 @@ def mark_failed(sample: Sample, failure: Failure) -> Sample:
 
 
 def valid(group: Iterable[Any]) -> list[Any]:
-    """The members that plug-ins and statistics may see."""
-    return [entry for entry in group if isinstance(entry, list) or not is_failed(entry)]
+    """The members that plug-ins and statistics may see; of a list of samples those that are left.
+
+    A group in which nothing has failed is returned itself: plug-ins may change it in place.
+    """
+    if isinstance(group, list) and not any(map(is_failed, flat(group))):
+        return group
+    members = []
+    for entry in group:
+        if not isinstance(entry, list):
+            members += [] if is_failed(entry) else [entry]
+        elif not any(map(is_failed, entry)):
+            members.append(entry)
+        elif left := [s for s in entry if not is_failed(s)]:
+            members.append(left)
+    return members
+
+
+def flat(group: Iterable[Any]) -> list[Sample]:
+    """All samples of a group: multi-sample generate functions put lists where samples stand."""
+    return [s for entry in group for s in (entry if isinstance(entry, list) else [entry])]
 
 
 def first_sample(group: Group) -> Sample:

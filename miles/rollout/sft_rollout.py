@@ -18,12 +18,13 @@ from miles.rollout.tokenizer import load_tokenizer
 from miles.types import Group, Sample
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
 # Made on first use and again when `args` name another model or scheme.
 TOKENIZER: PreTrainedTokenizerBase | None = None
+PROCESSOR: ProcessorMixin | None = None  # a text model has none
 MASK_GENERATOR: MultiTurnLossMaskGenerator | None = None
 SAMPLE_PRINTED = False
 _made_for: tuple[str, str] | None = None

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from miles.rollout import evaluate as _evaluate
-from miles.rollout import loop, sample
+from miles.rollout import loop
+from miles.rollout import sample as _sample
 from miles.rollout import state as _state
 from miles.rollout.generate_hub import single_turn
 from miles.rollout.loop_thread import run
+from miles.rollout.semaphore import Semaphore
 from miles.rollout.singleton import SingletonMeta
 from miles.types import GenerateFnInput, Group, RolloutFnEvalOutput, RolloutFnTrainOutput, Sample
 
@@ -38,7 +40,7 @@ class GenerateState(_state.GenerateState, metaclass=SingletonMeta):
         super().__init__(args)
 
     @property
-    def semaphore(self) -> asyncio.Semaphore:
+    def semaphore(self) -> Semaphore:
         return self.generate_fn_semaphore
 
     def reset(self) -> None:
@@ -83,15 +85,15 @@ async def generate(args: Namespace, sample: Sample, sampling_params: dict[str, A
 
 
 async def generate_and_rm(
-    args: Namespace, sample_: Any, sampling_params: dict[str, Any], evaluation: bool = False
+    args: Namespace, sample: Any, sampling_params: dict[str, Any], evaluation: bool = False
 ) -> Any:
-    return await sample.generate_and_rm(_state_for(args), sample_, sampling_params, evaluation)
+    return await _sample.generate_and_rm(_state_for(args), sample, sampling_params, evaluation)
 
 
 async def generate_and_rm_group(
     args: Namespace, group: Group, sampling_params: dict[str, Any], evaluation: bool = False
 ) -> Group:
-    return await sample.generate_and_rm_group(_state_for(args), group, sampling_params, evaluation)
+    return await _sample.generate_and_rm_group(_state_for(args), group, sampling_params, evaluation)
 
 
 async def abort(args: Namespace, rollout_id: int) -> list[Group]:

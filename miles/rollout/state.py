@@ -6,21 +6,24 @@ function tree is `miles.rollout.sglang_rollout.GenerateState`, a thin subclass.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from argparse import Namespace
+from collections.abc import Awaitable, Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from miles.rollout import context
+from miles.rollout.inference_rollout.compatibility import load_generate_function
+from miles.rollout.semaphore import Semaphore
 from miles.rollout.tokenizer import load_processor, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-    from miles.types import Sample
+    from miles.types import GenerateFnInput, GenerateFnOutput, Sample
 
 SEED_RANGE = 2**31
+BUILT_IN_GENERATE = "miles.rollout.generate_hub.single_turn.generate"
 
 
 class GenerateState:
@@ -30,7 +33,7 @@ class GenerateState:
         self.args = args
         self.context = context.current(args)
         # Wraps the generate call alone, never the reward.
-        self.generate_fn_semaphore = asyncio.Semaphore(
+        self.generate_fn_semaphore = Semaphore(
             max(1, args.sglang_server_concurrency * args.rollout_num_gpus // args.rollout_num_gpus_per_engine)
         )
         self.sampling_params = compute_sampling_params(
@@ -49,6 +52,13 @@ class GenerateState:
     @cached_property
     def processor(self) -> ProcessorMixin | None:
         return load_processor(self.args.hf_checkpoint, trust_remote_code=True)
+
+    @cached_property
+    def generate_function(self) -> Callable[[GenerateFnInput], Awaitable[GenerateFnOutput]]:
+        """`--custom-generate-function-path` in the one-input form, or the built-in one, for plug-ins that call it
+        themselves: without the run's guard around it."""
+        path = self.args.custom_generate_function_path or BUILT_IN_GENERATE
+        return load_generate_function(path)
 
     def reset(self) -> None:
         """Forget what belongs to one rollout."""

@@ -19,7 +19,7 @@ LAYERS = [
     ("miles.config", "miles.hooks"),
     ("miles.engine.protocol", "miles.engine.client"),
     ("miles.batch", "miles.loss", "miles.rollout"),
-    ("miles.engine", "miles.router", "miles.weights", "miles.trainer", "miles.observe"),
+    ("miles.engine", "miles.router", "miles.weights", "miles.trainer", "miles.observe", "miles.trial"),
     ("miles.run",),
     ("miles.__main__",),
 ]
@@ -27,7 +27,7 @@ LAYERS = [
 # Library -> where it may be imported.
 OWNERS = {
     "ray": ("miles.run",),
-    "sglang": ("miles.engine.sglang",),
+    "sglang": ("miles.engine.sglang", "miles.rollout.generate_utils.sglang_parsers"),
     "megatron": ("miles.trainer.megatron",),
 }
 

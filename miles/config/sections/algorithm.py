@@ -10,7 +10,7 @@ from typing import Literal
 
 from miles.config.flags import Check, Section, at_least, between, flag, no_meaning_here, not_built, other_than
 
-BUILT_ESTIMATORS = ("grpo",)
+BUILT_ESTIMATORS = ("grpo", "on_policy_distillation")
 
 KL = "The KL penalty with its reference model"
 CRITIC = "The critic"

@@ -25,8 +25,6 @@ NOT_CALLED = {
     "miles_router_middleware": "MilesRouter",
     "custom_megatron_post_save_hook": "The hook after saving",
     "custom_agent_function": "Agentic generation",
-    "generate_tool_specs": "Multi-turn generation with tools",
-    "generate_execute_tool_function": "Multi-turn generation with tools",
 }
 """Plug points without a call site yet -> what is missing."""
 

@@ -54,8 +54,8 @@ class RunSettings(Section):
         {}, "What happens when a plug-in fails, per plug point: raise, drop, mask or retry:N (custom-rm=drop)."
     )
     hook_form: dict[str, str] = flag({}, "Which form a plug-in has, where its signature fits several.")
-    hook_timeout_s: float | None = flag(
-        None, "Seconds that one call of an awaited plug-in may take; unlimited when unset.", check=at_least(0.001)
+    hook_timeout_s: float = flag(
+        1800.0, "Seconds that one call of a plug-in may take, except whole rollouts; 0: no limit.", check=at_least(0)
     )
     hook_error_budget: float = flag(
         0.05, "Tolerated failures of a rollout, as a fraction of its plug-in calls.", check=between(0, 1)

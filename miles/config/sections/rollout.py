@@ -112,7 +112,10 @@ class DataConfig(Section):
     input_key: str = flag("input", "Column of the prompt.", common=True)
     label_key: str | None = flag(None, "Column of the label.", common=True)
     multimodal_keys: dict[str, Any] | None = flag(
-        None, "Column of each media type.", check=JSON_OBJECT, status=not_built("Prompts with images, video or audio")
+        None,
+        "Column of each media type.",
+        check=JSON_OBJECT,
+        status=not_built("Reading images, video or audio from prompt data"),
     )
     metadata_key: str = flag("metadata", "Column of the metadata.")
     tool_key: str = flag("tools", "Column of the tool specifications.")
@@ -181,7 +184,6 @@ class EvalConfig(Section):
         None,
         "Least tokens of a response.",
         check=at_least(0),
-        status=no_meaning_here("evaluation sets no lower limit, as published."),
     )
     eval_max_context_len: int | None = flag(
         None, FOR_PLUGINS + "most tokens of prompt and response; as in training when unset.", check=at_least(2)

@@ -31,10 +31,8 @@ class TrackingConfig(Section):
     )
     wandb_run_id: str | None = flag(None, "Join the W&B run with this id.")
     wandb_always_use_train_step: bool = flag(False, "Count rollouts and evaluations in optimizer steps.")
-    log_multi_turn: bool = flag(
-        False, "Log the metrics of multi-turn samples.", status=not_built("The metrics of multi-turn samples")
-    )
-    log_passrate: bool = flag(False, "Log pass@k.")
+    log_multi_turn: bool = flag(False, "Log lengths and turns of responses with tools: multi_turn/...")
+    log_passrate: bool = flag(False, "Log pass@k of rollouts (passrate/...) and evaluations.")
     log_reward_category: str | None = flag(None, "Entry of dict rewards whose values are counted.")
     log_correct_samples: bool = flag(
         False, "Log statistics of the samples with reward 1.", status=not_built("Statistics of correct samples")

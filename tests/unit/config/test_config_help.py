@@ -40,7 +40,7 @@ def test_help_says_what_is_not_built() -> None:
     text = render(everything=True, width=200)
     lines = text.splitlines()
     (estimator,) = [line for line in lines if "--advantage-estimator" in line]
-    assert "{grpo}" in estimator
+    assert "{grpo,on_policy_distillation}" in estimator
     assert "not built yet: gspo, reinforce_plus_plus, reinforce_plus_plus_baseline, ppo" in " ".join(text.split())
     (colocate,) = [line for line in lines if line.strip().startswith("--colocate")]
     assert "[no meaning here]" in colocate

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from miles.observe.metrics import (
     eval_metrics,
     mean_reward,
+    multi_turn_metrics,
     pass_at_k,
+    pass_rates,
     perf_metrics,
     rollout_metrics,
     timer_metrics,
@@ -290,3 +292,41 @@ def test_a_failed_score_is_no_zero_in_an_evaluation() -> None:
     got = eval_metrics(data, with_pass_rate=True)
     assert got["eval/a"] == 1.0 and got["eval/a/failed_scores"] == 1 and got["eval/a-pass@1"] == 1.0
     assert "eval/b" not in got
+
+
+# ---- turns and pass@k ------------------------------------------------------------------------------------------------
+
+
+def test_pass_rates_of_groups_of_any_size() -> None:
+    assert pass_rates([[1, 0], [0]]) == {"pass@1": 0.25, "pass@2": 1.0}
+    assert pass_rates([[None, 1.0], [None, None]]) == {"pass@1": 1.0}
+    assert pass_rates([]) == {}
+
+
+def test_pass_rates_of_training_groups() -> None:
+    samples = [Sample(group_index=g, reward=r) for g, r in [(0, 1.0), (0, 0.0), (1, 0.0), (1, 0.0), (None, 1.0)]]
+    metrics = rollout_metrics(samples, with_pass_rate=True)
+    assert (metrics["passrate/pass@1"], metrics["passrate/pass@2"]) == (0.25, 0.5)
+    assert not any(key.startswith("passrate/") for key in rollout_metrics(samples))
+
+
+def test_multi_turn_metrics() -> None:
+    samples = [
+        Sample(response_length=4, loss_mask=[1, 0, 0, 1], metadata={"round_number": 2}),
+        Sample(response_length=10, metadata={"round_number": 5}),
+        Sample(response_length=1, metadata={}),
+    ]
+    assert multi_turn_metrics(samples, 10) == {
+        "multi_turn/raw_response_length/response_length_mean": 5.0,
+        "multi_turn/raw_response_length/response_length_max": 10,
+        "multi_turn/raw_response_length/response_length_min": 1,
+        "multi_turn/raw_response_length/response_length_clip_ratio": pytest.approx(1 / 3),
+        "multi_turn/wo_obs_response_length/response_length_mean": pytest.approx(13 / 3),
+        "multi_turn/wo_obs_response_length/response_length_max": 10,
+        "multi_turn/wo_obs_response_length/response_length_min": 1,
+        "multi_turn/multi_turn_metric/round_number_mean": 3.5,
+        "multi_turn/multi_turn_metric/round_number_max": 5,
+        "multi_turn/multi_turn_metric/round_number_min": 2,
+    }
+    assert "multi_turn/raw_response_length/response_length_clip_ratio" not in multi_turn_metrics(samples, None)
+    assert multi_turn_metrics([], 10) == {}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,29 @@ def test_a_data_set_of_another_size_is_reported(args: Namespace, caplog: pytest.
     args.prompt_data += "@[:3]"
     RolloutDataSource(args).load(0)
     assert "has 3 prompts, 5 when the checkpoint was written" in caplog.text
+
+
+def test_weights_without_their_data_position_are_refused(args: Namespace) -> None:
+    """A resumed run would go through its data from the start; before the first rollout there is nothing to miss."""
+    source = RolloutDataSourceWithBuffer(args)
+    Path(args.load, "iter_0000008", "model").mkdir(parents=True)
+    missing = re.escape(str(state_path(args.load, 7)))
+    with pytest.raises(CheckpointError, match=rf"--load .*iter_0000008 has weights, but {missing}.*does not exist"):
+        source.load(7)
+    source.load(-1)
+    source.load(None)
+    assert source.sample_offset == 0
+
+
+class OwnSource(RolloutDataSource):
+    """A source that keeps its position elsewhere."""
+
+    def load(self, rollout_id: int | None = None) -> None:
+        self.sample_offset = 3
+
+
+def test_another_data_source_decides_itself(args: Namespace) -> None:
+    Path(args.load, "iter_0000008", "model").mkdir(parents=True)
+    source = OwnSource(args)
+    source.load(7)
+    assert source.sample_offset == 3
