@@ -111,9 +111,8 @@ def pg_reducer(
     """What reduces the policy-gradient term alone: `--custom-pg-loss-reducer-function-path`, or the default."""
     if plugins.pg_reducer is None:
         return default
-    reducer = plugins.pg_reducer(
-        inputs.total_lengths, inputs.response_lengths, masks, settings.calculate_per_token_loss
-    )
+    own = [mask.clone() for mask in masks]  # a reducer that changes masks in place must not change the batch
+    reducer = plugins.pg_reducer(inputs.total_lengths, inputs.response_lengths, own, settings.calculate_per_token_loss)
     if not callable(reducer):
         raise UsageError(
             "--custom-pg-loss-reducer-function-path: expected a callable that reduces the flat loss to a scalar, "

@@ -1,8 +1,8 @@
 """One process's part in training on a rollout: everything that is the same for every backend.
 
     plan        rows of each optimizer step
-    advantages  from rewards
     log-probs   of the old policy, where they are not free    [before log-prob]
+    advantages  from rewards, or from a teacher's log-probs
                                                               [rollout-data post-process]
     per step    micro batches -> loss -> gradients -> step    [before train step, loss, TIS, pg reducer]
     metrics     train/* per step, rollout/* and perf/* per rollout
@@ -21,7 +21,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from miles.batch.ragged import IntArray
 from miles.config import RunConfig
 from miles.errors import UsageError
 from miles.hooks import Hooks
-from miles.loss.advantages import AdvantageInputs, compute_advantages
+from miles.loss.advantages import FROM_A_TEACHER, compute_advantages
 from miles.loss.dispatch import compute_loss, loss_scale, step_count
 from miles.loss.exact_zero import zero_gradient_rows
 from miles.loss.logprobs import TokenLogProbs, linear_log_probs
@@ -41,8 +41,10 @@ from miles.loss.published import custom_loss, loss_batch
 from miles.loss.reduce import ids_of
 from miles.loss.types import LossInputs, LossPlugins, LossSettings
 from miles.observe import debug_data
-from miles.observe.metrics import compute_rollout_step
+from miles.observe.metrics import compute_rollout_step, timer_metrics
+from miles.observe.timers import Timer
 from miles.observe.tracking import Tracker
+from miles.trainer.advantages import advantage_inputs
 from miles.trainer.backend import Backend, MicroLoss, ModelOutput
 from miles.trainer.report import mean_columns
 from miles.weights import WeightTransport
@@ -94,41 +96,58 @@ class TrainActor:
         self.temperature = config.rollout.rollout_temperature
         self.weight_version = 0
         self.steps_done = 0
+        # The one of the process, to which plug-ins add as well; read and reset once per rollout.
+        self.timers = Timer()
+        self.timers.reset()
+        self._idle_since = time.perf_counter()
 
     # ---- a rollout -----------------------------------------------------------------------------------------------
 
     def train(self, rollout_id: int, shard: TrainBatch, global_batch_size: int) -> TrainReport:
         """Train on this rank's `shard`: one optimizer step per `global_batch_size` samples of all ranks."""
         begin = time.perf_counter()
+        self.timers.add("train_wait", begin - self._idle_since)
         steps = step_rows(len(shard), global_batch_size // self.backend.parallel.dp_size)
         if not steps:
-            raise UsageError(
+            self._refuse(
                 f"--global-batch-size: {len(shard)} samples fill no optimizer step of {global_batch_size}. Lower it, "
                 "or leave out --disable-rollout-trim-samples."
             )
+        planned = time.perf_counter()
         self._prepare(rollout_id, shard, steps)
         prepared = time.perf_counter()
         if self.config.algorithm.reset_optimizer_states:
             self.backend.reset_optimizer()
+        if self.transport is not None:
+            self.transport.suspend()
         metrics: dict[str, float] = {}
         for step_id, rows in enumerate(steps):
             metrics = self._step(rollout_id, step_id, shard, rows, global_batch_size, len(steps))
-        end = time.perf_counter()
-        self._log_rollout(rollout_id, shard, prepare_s=prepared - begin, steps_s=end - prepared)
+        end = self._idle_since = time.perf_counter()
+        self.timers.add("data_preprocess", planned - begin)
+        self.timers.add("log_probs", prepared - planned)
+        self.timers.add("actor_train", end - prepared)
+        self.timers.add("train", end - begin)
+        self._log_rollout(rollout_id, shard)
         return TrainReport(rollout_id, len(steps), metrics)
 
     def _prepare(self, rollout_id: int, shard: TrainBatch, steps: list[IntArray]) -> None:
         """Fill the columns that losses read: advantages, returns, old log-probs."""
         if self.config.algorithm.compute_advantages_and_returns:
-            self._advantages(shard)
             if self._needs_all_log_probs():
                 self._old_log_probs(shard, np.arange(len(shard)))
+            self._advantages(shard)
         postprocess = self.hooks.rollout_data_postprocess
         if postprocess is not None:
             view = shard.as_dict(tensors=True)
             postprocess(self.args, rollout_id, view)
-            view.write_back()
-        self._skip = self._zero_rows(shard)
+            try:
+                view.write_back()
+            except UsageError as error:
+                self.hooks.reject(str(error), "rollout_data_postprocess")
+                raise
+        # No loss, and so no plug-in, sees a sample whose score failed; steps count it all the same.
+        self._skip = self._zero_rows(shard) | shard.failed
         if self.config.algorithm.compute_advantages_and_returns and not self._needs_all_log_probs():
             late = np.concatenate(list(steps[1:])) if len(steps) > 1 else np.empty(0, np.int64)
             self._old_log_probs(shard, late[~self._skip[late]])
@@ -136,25 +155,26 @@ class TrainActor:
         if template is not None:
             self._dump(template, rollout_id, shard)
 
+    def _refuse(self, message: str) -> NoReturn:
+        """UsageError, or HookError where a plug-in has made the batch."""
+        self.hooks.reject(message, "custom_convert_samples_to_train_data", "custom_reward_post_process")
+        raise UsageError(message)
+
     def _advantages(self, shard: TrainBatch) -> None:
-        if not isinstance(shard.rewards, np.ndarray):
-            raise UsageError(
-                f"--advantage-estimator {self.settings.advantage_estimator}: expected one number per sample as reward, "
-                f"got {'none' if shard.rewards is None else 'something else'}. Let the reward post-processing return "
-                "numbers, or give --disable-compute-advantages-and-returns."
-            )
-        result = compute_advantages(
-            self.settings.advantage_estimator,
-            AdvantageInputs(torch.from_numpy(shard.rewards), shard.response_lengths.tolist()),
-        )
+        try:
+            inputs = advantage_inputs(shard, self.settings)
+        except UsageError as error:
+            self._refuse(str(error))
+        result = compute_advantages(self.settings.advantage_estimator, inputs)
         shard.response_columns["advantages"] = result.advantages
         shard.response_columns["returns"] = result.returns
 
     def _needs_all_log_probs(self) -> bool:
-        """Whether a plug-in, a dump or dropout could tell a saved forward pass from one that was made."""
+        """Whether an estimator, a plug-in, a dump or dropout could tell a saved forward pass from one that was made."""
         hooks = self.hooks
         return (
             self.settings.loss_type == "custom_loss"
+            or self.settings.advantage_estimator in FROM_A_TEACHER
             or hooks.rollout_data_postprocess is not None
             or hooks.custom_megatron_before_log_prob_hook is not None
             or hooks.custom_tis_function is not None
@@ -220,9 +240,11 @@ class TrainActor:
         self, rollout_id: int, step_id: int, shard: TrainBatch, rows: IntArray, global_batch_size: int, num_steps: int
     ) -> dict[str, float]:
         run = rows[~self._skip[rows]]
-        counts = torch.tensor([float(shard.mask_sums[rows].sum()), float(len(run)), float(shard.mask_sums[run].sum())])
-        num_tokens, ran, ran_tokens = (int(n) for n in self.backend.sum_over_ranks(counts).tolist())
-        scale = loss_scale(self.settings, global_batch_size, num_tokens, dp_size=self.backend.parallel.dp_cp_size)
+        own = (shard.mask_sums[rows].sum(), len(run), shard.mask_sums[run].sum(), shard.num_dropped(rows))
+        counts = self.backend.sum_over_ranks(torch.tensor([float(n) for n in own]))
+        num_tokens, ran, ran_tokens, dropped = (int(n) for n in counts.tolist())
+        num_samples = global_batch_size - dropped
+        scale = loss_scale(self.settings, num_samples, num_tokens, dp_size=self.backend.parallel.dp_cp_size)
 
         def loss_fn(micro: PackedBatch, output: ModelOutput) -> MicroLoss:
             return self._loss(shard, micro, output, scale)
@@ -242,7 +264,7 @@ class TrainActor:
         outcome = self.backend.optimizer_step()
         self.steps_done += 1
         self._on_step()
-        total = step_count(self.settings, global_batch_size, num_tokens)
+        total = step_count(self.settings, num_samples, num_tokens)
         over_ran = step_count(self.settings, ran, ran_tokens)
         metrics = {
             f"train/{name}": value / (over_ran if name in OVER_SAMPLES_THAT_RAN else total)
@@ -267,10 +289,9 @@ class TrainActor:
             return {}
         for other in results[1:]:
             if list(other) != names:
-                raise UsageError(
-                    f"--custom-loss-function-path: expected the same metrics from every micro batch, got {names} and "
-                    f"{list(other)}."
-                )
+                found = f"expected the same metrics from every micro batch, got {names} and {list(other)}"
+                self.hooks.reject(found, "custom_loss_function")
+                raise UsageError(f"--loss-type {self.settings.loss_type}: {found}.")
         table = torch.stack([torch.stack([r[name].float() for name in names]) for r in results])
         return dict(zip(names, self.backend.sum_over_ranks(table.sum(0)).tolist()))
 
@@ -311,7 +332,7 @@ class TrainActor:
             self.args,
             self.backend.parallel,
             micro,
-            loss_batch(micro, columns),
+            loss_batch(micro, columns, shard.row_values(micro.rows)),
             output.logits(),
             per_token=self.settings.calculate_per_token_loss,
             scale=scale,
@@ -322,9 +343,11 @@ class TrainActor:
 
     def update_weights(self) -> int:
         """Hand the weights to the engines under the next version number, which is returned."""
+        begin = time.perf_counter()
         self.weight_version += 1
         if self.transport is not None:
             self.transport.update(self.backend.weights(), self.weight_version)
+        self.timers.add("update_weights", time.perf_counter() - begin)
         return self.weight_version
 
     def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
@@ -338,14 +361,15 @@ class TrainActor:
     def onload(self) -> None:
         """The counterpart of `offload`."""
 
-    def _log_rollout(self, rollout_id: int, shard: TrainBatch, *, prepare_s: float, steps_s: float) -> None:
+    def _log_rollout(self, rollout_id: int, shard: TrainBatch) -> None:
+        """Weight updates and saves count for the rollout that they precede."""
+        seconds = self.timers.log_dict()
+        self.timers.reset()
         tokens = int(shard.total_lengths.sum())
         metrics = {f"rollout/{name}": value for name, value in mean_columns(shard).items()}
         metrics |= {
-            "perf/log_probs_time": prepare_s,
-            "perf/actor_train_time": steps_s,
-            "perf/train_time": prepare_s + steps_s,
-            "perf/actor_train_tok_per_s": tokens / steps_s if steps_s > 0 else 0.0,
+            **timer_metrics(seconds),
+            "perf/actor_train_tok_per_s": tokens / seconds["actor_train"] if seconds["actor_train"] > 0 else 0.0,
             "rollout/step": compute_rollout_step(self.args, rollout_id),
         }
         self.tracker.log(metrics, step_key="rollout/step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from miles.batch import TrainBatch
+from miles.errors import UsageError
+from miles.observe.jsonable import as_number
+from miles.trainer.advantages import teacher_column
 
 
 def mean_columns(batch: TrainBatch) -> dict[str, float]:
@@ -32,7 +36,11 @@ def mean_columns(batch: TrainBatch) -> dict[str, float]:
         numbers = _numbers(column, valid)
         if numbers is not None and len(numbers):
             means[name] = float(numbers.mean())
-    for name, flat in batch.response_columns.items():
+    columns_over_tokens = batch.flat_columns()
+    if batch.teacher_log_probs is not None:
+        with contextlib.suppress(UsageError):  # of no form that could be trained on, which only some estimators ask for
+            columns_over_tokens["teacher_log_probs"] = teacher_column(batch)
+    for name, flat in columns_over_tokens.items():
         value = _token_mean(flat.float(), batch)
         if value is not None:
             means[name] = value
@@ -43,8 +51,8 @@ def _numbers(column: Any, valid: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndar
     """The valid rows of a column of numbers; None for anything else (dict rewards, tensors)."""
     if column is None:
         return None
-    kept = [value for value, ok in zip(column, valid) if ok]
-    if not all(isinstance(value, int | float | np.number) for value in kept):
+    kept = [as_number(value) for value, ok in zip(column, valid) if ok]
+    if None in kept:
         return None
     return np.asarray(kept, dtype=np.float64)
 

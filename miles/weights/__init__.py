@@ -1,4 +1,4 @@
-"""Trainer to engines: one file per transport, all with the one method of `WeightTransport`."""
+"""Trainer to engines: one file per transport, all with the two methods of `WeightTransport`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 
 class WeightTransport(Protocol):
+    def suspend(self) -> None:
+        """The trainer's tensors change from now on. Engines that read these very tensors stop until `update`."""
+
     def update(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Make every engine serve `weights` (Hugging Face names) as `version`; returns when all of them do.
 

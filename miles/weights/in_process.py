@@ -1,8 +1,8 @@
 """Trainer and engine in one process: the engine reads the trainer's own tensors, nothing is copied or sent.
 
-Safe because the driver alternates: while the optimizer changes the tensors no request runs, and after it the engine
-drops what it cached under the old weights and takes the new version number. A run whose engine generates during
-training needs a transport that copies.
+Safe because no step of the engine runs from the first change of the tensors to the update: requests of asynchronous
+rollouts wait meanwhile and go on under the new weights and version. A run whose engine is to generate while the
+optimizer works needs a transport that copies.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ class InProcess:
 
     def __init__(self, engine: EmbeddedEngine) -> None:
         self.engine = engine
+
+    def suspend(self) -> None:
+        self.engine.suspend()
 
     def update(self, weights: Mapping[str, Tensor], version: int) -> None:
         self.engine.update_weights(weights, str(version))

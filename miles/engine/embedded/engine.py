@@ -108,7 +108,7 @@ class EmbeddedEngine:
         self._inbox_filled = threading.Condition()
         self._settled = True  # the home loop has drawn its conclusions from the last results
         self._home_stuck = False  # it did not in time, and is not waited for until it turns again
-        self._paused = self._closed = False
+        self._paused = self._suspended = self._closed = False
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -202,7 +202,18 @@ class EmbeddedEngine:
 
     @property
     def paused(self) -> bool:
-        return self._paused
+        return self._paused or self._suspended
+
+    def suspend(self) -> None:
+        """No step until `update_weights`: whoever owns the tensors is about to change them in place.
+
+        Running requests keep their caches and go on under the new weights.
+        """
+
+        def suspend() -> None:
+            self._suspended = True
+
+        self._call(suspend)
 
     @property
     def weight_version(self) -> str:
@@ -220,13 +231,14 @@ class EmbeddedEngine:
         """Generate from these tensors (Hugging Face names) from the next step on.
 
         The tensors are referred to, not copied: a trainer that changes them in place must call this again after each
-        change, and must not change them while requests run, unless it passes `copy=True`. CheckpointError for names or
+        change, and must `suspend` the engine before it, unless it passes `copy=True`. CheckpointError for names or
         shapes that do not fit; the old weights then stay.
         """
         taken = {name: tensor.detach().clone() for name, tensor in tensors.items()} if copy else tensors
 
         def update() -> None:
             self._scheduler.set_weights(lambda: self.model.load(_cast(taken, self._dtype)), version)
+            self._suspended = False
 
         self._call(update)
 
@@ -340,7 +352,7 @@ class EmbeddedEngine:
         return settled and self._has_work()
 
     def _has_work(self) -> bool:
-        return self._scheduler.has_work and not self._paused
+        return self._scheduler.has_work and not (self._paused or self._suspended)
 
     def _take_inbox(self) -> list[Callable[[], None]]:
         """What came in since the last step. Sleeps while there is nothing to do, or the home loop has yet to settle."""
