@@ -1,7 +1,7 @@
 """Which form a plug-in has: `inspect.signature(...).bind` decides, declared tells break ties, the rest is an error.
 
     1. candidates: forms of the right target whose arguments bind
-    2. candidates with a tell (a parameter's name or annotation) win over those without
+    2. candidates that an annotation tells win, then those that a parameter's name tells, then the others
     3. a form that receives the same arguments and more wins over the shorter one
     4. more than one left: ambiguous, and --hook-form decides
 
@@ -10,6 +10,7 @@ What a form means at the call site is `adapters`; this file calls nothing of the
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 from miles.hooks.point import Form, PlugPoint
 from miles.hooks.problems import described, expected_forms
+from miles.hooks.values import kind_of
 
 
 class Mismatch(Exception):
@@ -43,6 +45,11 @@ class Callee:
     def names(self) -> tuple[str, ...]:
         """Names of the parameters that are neither *args nor **kwargs."""
         return tuple(p.name for p in self._parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+
+    @property
+    def num_positional(self) -> int:
+        """How many arguments it can take by position, *args aside."""
+        return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in self._parameters)
 
     @property
     def takes_any_keyword(self) -> bool:
@@ -82,11 +89,12 @@ def recognise(point: PlugPoint, callee: Callee, forced: str | None = None) -> Fo
     """The form of `callee`. Raises Mismatch."""
     if forced is not None:
         return _forced(point, callee, forced)
+    _check_value(point, callee)
     candidates = [f for f in point.forms if _is_candidate(f, callee)]
     if not candidates:
         raise Mismatch(described(callee.obj, callee.name), _remedy(point, callee))
-    told = [f for f in candidates if _tells(f, callee)]
-    candidates = told or candidates
+    annotated = [f for f in candidates if _tells(f, callee, annotations_only=True)]
+    candidates = annotated or [f for f in candidates if _tells(f, callee)] or candidates
     longest = [f for f in candidates if not any(_extends(other, f) for other in candidates)]
     if len(longest) > 1:
         names = " or ".join(f.name for f in longest)
@@ -95,6 +103,19 @@ def recognise(point: PlugPoint, callee: Callee, forced: str | None = None) -> Fo
             f"say which: --hook-form {point.key}={longest[0].name}",
         )
     return longest[0]
+
+
+def _check_value(point: PlugPoint, callee: Callee) -> None:
+    """A value that is asked for is a list of dicts: the one kind of value that plug points take."""
+    value = callee.obj
+    if callable(value) or all(form.target != "value" for form in point.forms):
+        return
+    remedy = "name a list of dicts, one per tool"
+    if not isinstance(value, (list, tuple)):
+        raise Mismatch(f"{callee.name}, {kind_of(value)}, not a list", remedy)
+    for place, entry in enumerate(value):
+        if not isinstance(entry, dict):
+            raise Mismatch(f"{callee.name}, a list with {kind_of(entry)} at place {place}", remedy)
 
 
 def _forced(point: PlugPoint, callee: Callee, name: str) -> Form:
@@ -132,16 +153,18 @@ def _has_target(form: Form, callee: Callee) -> bool:
     return callable(callee.obj) and callee.is_class == (form.target == "class")
 
 
-def _tells(form: Form, callee: Callee) -> bool:
+def _tells(form: Form, callee: Callee, *, annotations_only: bool = False) -> bool:
     if form.requires:
-        return True
+        return not annotations_only
     parameters = callee._parameters
     for tell in form.tells:
         if tell.index < len(parameters):
             parameter = parameters[tell.index]
             if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
                 continue
-            if parameter.name in tell.names or annotation_text(parameter.annotation) in tell.annotations:
+            if annotation_text(parameter.annotation) in tell.annotations:
+                return True
+            if parameter.name in tell.names and not annotations_only:
                 return True
     return False
 
@@ -167,17 +190,28 @@ def _same(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
 
 
 def _remedy(point: PlugPoint, callee: Callee) -> str:
-    if not any(_has_target(form, callee) for form in point.forms):
-        return "name a " + " or a ".join(dict.fromkeys(f.target for f in point.forms))
-    form = next(form for form in point.forms if _has_target(form, callee))
+    forms = [form for form in point.forms if _has_target(form, callee)]
+    if not forms:
+        targets = dict.fromkeys("a value" if f.target == "value" else f"a {f.target}" for f in point.forms)
+        return "name " + " or ".join(targets)
     if callee.signature is None:
-        return f"its signature cannot be read; say which form it has: --hook-form {point.key}={form.name}"
+        return f"its signature cannot be read; say which form it has: --hook-form {point.key}={forms[0].name}"
+    form = min(forms, key=lambda f: abs(len(f.positional) - callee.num_positional))
     try:
         callee.signature.bind(*form.positional, **dict.fromkeys(form.keywords))
     except TypeError as error:
-        passed = ", ".join([*form.positional, *(f"{k}=" for k in form.keywords)])
-        return f"the call passes ({passed}): {error}"
+        passed = [*form.positional, *(f"{k}=" for k in form.keywords)]
+        return f"the call passes ({', '.join(passed)}): {error}{_misspelled(form, callee)}"
     return f"make the signature one of these: {expected_forms(point)}"
+
+
+def _misspelled(form: Form, callee: Callee) -> str:
+    """`; did you mean train_log_probs?` where a parameter is almost called like something that is passed by keyword."""
+    for name in callee.names:
+        close = difflib.get_close_matches(name, form.keywords, n=1)
+        if close and name not in form.keywords and close[0] not in callee.names:
+            return f"; did you mean {close[0]}?"
+    return ""
 
 
 _MODULE_PREFIX = re.compile(r"(?:[A-Za-z_]\w*\.)+")

@@ -6,24 +6,31 @@ One function per plug point that has several forms or a return value to check; e
 
 from __future__ import annotations
 
-import inspect
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from miles.hooks.adapt import Callee, is_async
+from miles.hooks.adapt import Callee
+from miles.hooks.adapted import Adapted, Fn, awaitable
+from miles.hooks.adapters_reward import reward
 from miles.hooks.catalog import CATALOG
 from miles.hooks.point import Form, PlugPoint
+from miles.hooks.sample_views import SampleViews
 from miles.hooks.threads import Threads
 from miles.hooks.values import (
     BadReturn,
+    buffer_groups,
+    evaluation_data,
+    filter_verdict,
     generate_output,
+    kind_of,
     loss_of,
     metrics_of,
     of_type,
-    reward_list,
     reward_problem,
+    tis_result,
+    truth_of,
     tuple_of,
 )
 from miles.types import (
@@ -38,39 +45,11 @@ from miles.types import (
     Sample,
 )
 
-Fn = Callable[..., Any]
-AsyncFn = Callable[..., Awaitable[Any]]
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A plug-in in canonical shape.
-
-    `call` is the canonical call (of a rollout function: what is called with the object that `build` makes).
-    `batch` scores several samples at once, for reward functions that can; without it they are scored one by one.
-    """
-
-    call: Fn
-    batch: AsyncFn | None = None
-    build: Callable[[RolloutFnConstructorInput], Any] | None = None
-
 
 def adapt(point: PlugPoint, callee: Callee, form: Form, threads: Threads | None) -> Adapted:
     """`threads` run synchronous functions of awaited plug points; None calls them in place, for a debugger."""
     maker = _MAKERS.get(point.name)
     return Adapted(callee.obj) if maker is None else maker(callee, form, threads)
-
-
-def awaitable(fn: Fn, threads: Threads | None) -> AsyncFn:
-    """`fn` as a coroutine function. A synchronous one runs in a thread; what it returns is awaited where it can be."""
-    if is_async(fn):
-        return fn
-
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        value = fn(*args, **kwargs) if threads is None else await threads.run(fn, *args, **kwargs)
-        return await value if inspect.isawaitable(value) else value
-
-    return call
 
 
 def _named(callee: Callee, name: str) -> bool:
@@ -113,15 +92,12 @@ def rollout_output(value: Any, input: RolloutFnInput) -> RolloutFnTrainOutput | 
     else:
         output = wanted(value)
     if isinstance(output, RolloutFnEvalOutput):
-        data = of_type(output.data, dict, "a dict: data set name -> {'rewards': [...]}")
-        for name, entry in data.items():
-            if not isinstance(entry, dict) or "rewards" not in entry:
-                raise BadReturn("type", f"data set {name!r} has no 'rewards'", "each data set needs a list of rewards")
+        evaluation_data(output.data)
     else:
         groups = of_type(output.samples, (list, tuple), "a list of groups")
         stray = next((s for s in _leaves(groups) if not isinstance(s, Sample)), None)
         if stray is not None:
-            raise BadReturn("type", f"returned groups that hold a {type(stray).__name__}, expected Samples")
+            raise BadReturn("type", f"returned groups that hold {kind_of(stray)}, expected Samples")
     return output
 
 
@@ -150,87 +126,30 @@ def _generate(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
     return Adapted(with_input if form.name == "input" else with_args)
 
 
-def _reward(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
-    fn = awaitable(callee.obj, threads)
-    if form.name == "sample":
-        return Adapted(fn)
-    if form.name == "sample-or-samples":
-
-        async def group(args: Namespace, samples: list[Sample]) -> list[Any]:
-            return reward_list(await fn(args, samples), len(samples))
-
-        return Adapted(fn, group)
-    if form.name == "verl":
-        return Adapted(_verl(callee, fn))
-    batch = _trl(callee, fn) if form.name == "trl" else fn
-
-    async def several(args: Namespace, samples: list[Sample]) -> list[Any]:
-        return reward_list(await batch(args, samples), len(samples))
-
-    async def single(args: Namespace, sample: Sample) -> Any:
-        return (await several(args, [sample]))[0]
-
-    return Adapted(single, several)
-
-
-# Data set columns that foreign rewards read the expected answer from; `label` fills those that metadata lacks.
-_ANSWER_COLUMNS = ("answer", "answers", "ground_truth", "label", "labels", "reference", "solution", "target")
-
-
-def _trl(callee: Callee, fn: AsyncFn) -> AsyncFn:
-    """TRL's `reward_func(prompts=, completions=, **columns)`; columns are the keys of `metadata`, plus `label`."""
-
-    async def call(args: Namespace, samples: list[Sample]) -> Any:
-        chat = all(isinstance(s.prompt, list) for s in samples)
-        columns: dict[str, list[Any]] = {
-            key: [s.metadata.get(key) for s in samples] for key in dict.fromkeys(k for s in samples for k in s.metadata)
-        }
-        labels = [s.label for s in samples]
-        columns.setdefault("label", labels)
-        for name in callee.names:
-            if name in _ANSWER_COLUMNS:
-                columns.setdefault(name, labels)
-        columns["prompts"] = [s.prompt for s in samples]
-        columns["completions"] = [
-            [{"role": "assistant", "content": s.response}] if chat else s.response for s in samples
-        ]
-        columns["completion_ids"] = [s.tokens[len(s.tokens) - s.response_length :] for s in samples]
-        return await fn(**{k: v for k, v in columns.items() if callee.takes_any_keyword or k in callee.names})
-
-    return call
-
-
-def _verl(callee: Callee, fn: AsyncFn) -> AsyncFn:
-    """verl's `compute_score`; a dict counts by its `score` where no --reward-key says otherwise."""
-
-    async def call(args: Namespace, sample: Sample) -> Any:
-        passed = {
-            "data_source": sample.metadata.get("data_source", ""),
-            "solution_str": sample.response,
-            "ground_truth": sample.label,
-            "extra_info": sample.metadata.get("extra_info", sample.metadata),
-        }
-        value = await fn(**{k: v for k, v in passed.items() if callee.takes_any_keyword or k in callee.names})
-        if isinstance(value, dict) and "score" in value and not vars(args).get("reward_key"):
-            return value["score"]
-        return value
-
-    return call
-
-
 # ---- groups -------------------------------------------------------------------------------------------------------
+
+
+# A filter that returns None for this many groups and nothing else has forgotten its `return`, and the rollout would
+# never end.
+_MAX_NONE = 32
 
 
 def _dynamic_filter(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
     fn = callee.obj
+    nones = 0  # in a row from the first call on; below 0 once it has returned anything else
 
     def call(args: Namespace, samples: list[Sample]) -> DynamicFilterOutput:
-        value = fn(args, samples)
-        if isinstance(value, DynamicFilterOutput):
-            return value
-        if value is None:
-            return DynamicFilterOutput(keep=False, reason="returned_none")
-        return DynamicFilterOutput(keep=bool(value))
+        nonlocal nones
+        value = _leaving_members(fn, args, samples, [samples])
+        if value is not None:
+            nones = -1
+        elif nones >= 0:
+            nones += 1
+        if nones == _MAX_NONE:
+            nones = 0
+            found = f"returned None for each of {_MAX_NONE} groups, which drops them all"
+            raise BadReturn("none", found, "return DynamicFilterOutput(keep=..., reason=...)")
+        return filter_verdict(value)
 
     return Adapted(call)
 
@@ -239,13 +158,20 @@ def _buffer_filter(callee: Callee, form: Form, threads: Threads | None) -> Adapt
     fn = callee.obj
 
     def live(args: Namespace, rollout_id: int | None, buffer: list[Group], num_samples: int) -> list[Group]:
-        taken: list[Group] = of_type(fn(args, rollout_id, buffer, num_samples), list, "a list of groups")
+        size = vars(args).get("n_samples_per_prompt")
+        taken = buffer_groups(fn(args, rollout_id, buffer, num_samples), size)
+        left = {id(group) for group in buffer}
+        if taken is buffer or any(id(group) in left for group in taken):
+            raise BadReturn(
+                "type", "returned groups that are still in the buffer, which would train them again",
+                "remove what you take: taken = buffer[:num_samples]; del buffer[:num_samples]; return taken",
+            )  # fmt: skip
         if len(taken) > num_samples:
             raise BadReturn("length", f"returned {len(taken)} groups, at most {num_samples} were asked for")
         return taken
 
     def filtered(args: Namespace, rollout_id: int | None, buffer: list[Group], num_samples: int) -> list[Group]:
-        kept: list[Group] = of_type(fn(list(buffer)), list, "a list of groups")
+        kept = list(buffer_groups(fn(list(buffer)), vars(args).get("n_samples_per_prompt")))
         buffer[:] = kept[num_samples:]
         return kept[:num_samples]
 
@@ -254,9 +180,11 @@ def _buffer_filter(callee: Callee, form: Form, threads: Threads | None) -> Adapt
 
 def _sample_filter(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
     fn = callee.obj
-    if form.name == "groups":
-        return Adapted(fn)
-    return Adapted(lambda args, groups: fn(args, _flat(groups)))
+
+    def live(args: Namespace, groups: list[Group]) -> Any:
+        return _leaving_members(fn, args, groups, groups)
+
+    return Adapted(live if form.name == "groups" else lambda args, groups: fn(args, _flat(groups)))
 
 
 def _flat(groups: list[Any]) -> list[Sample]:
@@ -265,8 +193,24 @@ def _flat(groups: list[Any]) -> list[Sample]:
 
 
 def _all_samples(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
-    fn = callee.obj
-    return Adapted(fn) if form.name == "get-samples" else Adapted(lambda args, groups, get_samples: fn(args, groups))
+    fn, all_of_it = callee.obj, form.name == "get-samples"
+
+    def call(args: Namespace, groups: list[Group], get_samples: Callable[[int], list[Group]]) -> Any:
+        return _leaving_members(fn, args, groups, groups, *([get_samples] if all_of_it else []))
+
+    return Adapted(call)
+
+
+def _leaving_members(fn: Fn, args: Namespace, given: Any, groups: list[Group], *more: Any) -> Any:
+    """`fn(args, given, *more)`. The groups are those of the run; BadReturn where it has emptied one, or all of them."""
+    before = list(groups)
+    value = fn(args, given, *more)
+    emptied = sum(not group for group in before)
+    if emptied or (before and not groups):
+        what = f"{emptied} of the" if emptied else "the list of"
+        hint = "the lists are those of the run: set sample.remove_sample, or work on copies"
+        raise BadReturn("length", f"emptied {what} {len(before)} groups", hint)
+    return value
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -274,9 +218,18 @@ def _all_samples(callee: Callee, form: Form, threads: Threads | None) -> Adapted
 
 def _data_postprocess(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
     fn = callee.obj
+
+    def with_views(args: Namespace, rollout_id: int, rollout_data: Any) -> Any:
+        views = SampleViews(rollout_data)
+        value = fn(args, views.groups(args) if form.name == "groups" else views.flat())
+        views.write_back()
+        return value
+
     calls: dict[str, Fn] = {
         "rollout-id": fn,
         "rollout-data": lambda args, rollout_id, rollout_data: fn(args, rollout_data),
+        "groups": with_views,
+        "samples": with_views,
         "args": lambda args, rollout_id, rollout_data: fn(args),
     }
     return Adapted(calls[form.name])
@@ -294,12 +247,12 @@ def _loss(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
 
 
 def _tis(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
-    fn, names = callee.obj, "(pg_loss, masks, metrics)"
+    fn = callee.obj
     if form.name == "parallel-state":
-        return Adapted(lambda **given: tuple_of(fn(**given), 3, names))
+        return Adapted(lambda **given: tis_result(fn(**given), given))
 
     def call(*, parallel_state: Any, **given: Any) -> Any:
-        return tuple_of(fn(**given), 3, names)
+        return tis_result(fn(**given), given)
 
     return Adapted(call)
 
@@ -310,7 +263,7 @@ def _pg_reducer(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
     def call(*given: Any) -> Any:
         reducer = fn(*given)
         if not callable(reducer):
-            raise BadReturn("type", f"returned a {type(reducer).__name__}, expected a function of the flat loss")
+            raise BadReturn("type", f"returned {kind_of(reducer)}, expected a function of the flat loss")
         return reducer
 
     return Adapted(call)
@@ -320,8 +273,16 @@ def _reward_post_process(callee: Callee, form: Form, threads: Threads | None) ->
     fn, no_settings = callee.obj, Namespace()
 
     def call(args: Namespace, samples: list[Sample]) -> tuple[Any, Any]:
-        raw, rewards = tuple_of(fn(args, samples), 2, "(raw_rewards, rewards)")
+        given = list(samples)
+        raw, rewards = tuple_of(fn(args, given), 2, "(raw_rewards, rewards)")
+        if len(given) != len(samples) or any(a is not b for a, b in zip(given, samples)):
+            raise BadReturn(
+                "type", "changed the list of samples that it was given: its rewards belong to no sample any more",
+                "work on a copy: ordered = sorted(samples, key=...)",
+            )  # fmt: skip
         for name, values in (("raw_rewards", raw), ("rewards", rewards)):
+            if isinstance(values, (str, bytes, dict)) or not hasattr(values, "__len__"):
+                raise BadReturn("type", f"{name} is {kind_of(values)}, expected a list with one per sample")
             if len(values) != len(samples):
                 raise BadReturn("length", f"{name} has {len(values)} entries for {len(samples)} samples")
         for position, value in enumerate(rewards):
@@ -338,10 +299,15 @@ def _convert(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
     fn, no_settings = callee.obj, Namespace(custom_convert_samples_to_train_data_path=callee.name)
 
     def call(args: Namespace, samples: list[Sample]) -> dict[str, Any]:
+        count = len(samples)
         data: dict[str, Any] = of_type(fn(args, samples), dict, "a dict of columns")
         if "tokens" not in data:
             columns = ", ".join(map(str, data)) or "none"
             raise BadReturn("type", "returned a dict without 'tokens'", f"columns: {columns}")
+        if not hasattr(data["tokens"], "__len__"):
+            raise BadReturn("type", f"'tokens' is {kind_of(data['tokens'])}, expected a list of token ids per row")
+        if len(data["tokens"]) == 0:
+            raise BadReturn("length", f"returned no rows for {count} samples")
         rewards = data.get("rewards")
         for position, value in enumerate(rewards if isinstance(rewards, (list, tuple)) else ()):
             bad = reward_problem(value, no_settings)
@@ -354,7 +320,7 @@ def _convert(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
 
 def _log(callee: Callee, form: Form, threads: Threads | None) -> Adapted:
     fn = callee.obj
-    return Adapted(lambda *given: bool(fn(*given)))
+    return Adapted(lambda *given: truth_of(fn(*given), "True, False or None"))
 
 
 # ---- objects ------------------------------------------------------------------------------------------------------
@@ -365,7 +331,7 @@ def _data_source(callee: Callee, form: Form, threads: Threads | None) -> Adapted
         source = callee.obj(args)
         missing = [m for m in CATALOG["data_source"].methods if not callable(getattr(source, m, None))]
         if missing:
-            raise BadReturn("type", f"made a {type(source).__name__} without {', '.join(missing)}")
+            raise BadReturn("type", f"made {kind_of(source)} without {', '.join(missing)}")
         return source
 
     return Adapted(call)
@@ -377,7 +343,9 @@ def _model_provider(callee: Callee, form: Form, threads: Threads | None) -> Adap
     def call(pre_process: bool, post_process: bool, vp_stage: int | None = None) -> Any:
         extra = {"vp_stage": vp_stage} if takes_stage else {}
         model = fn(pre_process=pre_process, post_process=post_process, **extra)
-        return of_type(model, object, "a model")
+        if not callable(getattr(of_type(model, object, "a model"), "parameters", None)):
+            raise BadReturn("type", f"returned {kind_of(model)}, expected a model: a torch.nn.Module")
+        return model
 
     return Adapted(call)
 
@@ -410,7 +378,7 @@ _MAKERS: dict[str, Callable[[Callee, Form, Threads | None], Adapted]] = {
     "rollout_function": _rollout,
     "eval_function": _rollout,
     "custom_generate_function": _generate,
-    "custom_rm": _reward,
+    "custom_rm": reward,
     "dynamic_sampling_filter": _dynamic_filter,
     "buffer_filter": _buffer_filter,
     "rollout_sample_filter": _sample_filter,

@@ -5,6 +5,8 @@
     path/to/file.py:fn       a file, relative to the working directory; `path/to/file.py.fn` means the same
     any registered name      `function_registry` wins over all of these
 
+What a plug-in imports may be slime's (`foreign`).
+
 Errors propagate as Python raises them; `problems` turns them into sentences.
 """
 
@@ -22,6 +24,8 @@ from functools import reduce
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from miles.hooks import foreign
 
 
 class FunctionRegistry:
@@ -91,6 +95,7 @@ def load_function(path: str | None) -> Any:
     if registered is not None:
         return registered
     reference = parse_path(path)
+    foreign.stand_in()
     if reference.file is not None:
         module = import_file(reference.file)
     else:

@@ -12,6 +12,7 @@ from typing import Any
 from miles.hooks.load import Reference, parse_path
 from miles.hooks.point import PlugPoint, signature_text
 from miles.hooks.source import own_place, shown, source_of
+from miles.hooks.values import kind_of
 
 # How many names a "there is ..." list shows: enough to find one's own, short enough to read.
 _MAX_NAMES = 6
@@ -39,7 +40,7 @@ def described(obj: Any, name: str) -> str:
     """An object with its place and signature: `grade(args, sample, extra) at my/rewards.py:12`."""
     kind = "class " if inspect.isclass(obj) else "async " if inspect.iscoroutinefunction(obj) else ""
     if not callable(obj):
-        return f"{name}, a {type(obj).__name__}, not a function or class"
+        return f"{name}, {kind_of(obj)}, not a function or class"
     try:
         signature = signature_text(inspect.signature(obj))
     except (TypeError, ValueError):

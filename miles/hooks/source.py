@@ -80,16 +80,17 @@ class Place:
         return f"{shown(self.file)}:{self.line}"
 
 
-def own_place(tb: TracebackType | None, plugin_file: str | None) -> Place | None:
+def own_place(tb: TracebackType | None, plugin_file: str | None, *, only_users: bool = False) -> Place | None:
     """The innermost line of a traceback that the user wrote.
 
     That is the last frame outside of Python's library, installed packages and miles; where there is none (a plug-in
     that is installed, or built in), the last frame of the plug-in's own file, or of miles for one that is built in;
-    else the last outside of this package.
+    else the last outside of this package. `only_users` stops after the plug-in's own file.
     """
     frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(tb)]
     built_in = plugin_file is not None and is_built_in(plugin_file)
-    for belongs in (_is_users, _is_ours if built_in else lambda file: file == plugin_file, _is_any):
+    kinds = (_is_users, _is_ours if built_in else lambda file: file == plugin_file, _is_any)
+    for belongs in kinds[:2] if only_users else kinds:
         for file, line in reversed(frames):
             if belongs(file):
                 return Place(file, line, linecache.getline(file, line).strip())
@@ -119,9 +120,10 @@ def _is_any(file: str) -> bool:
 
 
 def trimmed_traceback(error: BaseException) -> str:
-    """The traceback without the frames of this package, as Python prints it."""
+    """The traceback from the user's first line on, without the frames of this package, as Python prints it."""
     summary = traceback.TracebackException.from_exception(error, capture_locals=False)
-    kept = [f for f in summary.stack if not f.filename.startswith(_MACHINERY)]
+    users = [i for i, f in enumerate(summary.stack) if _is_users(f.filename)]
+    kept = [f for f in summary.stack[min(users, default=0) :] if not f.filename.startswith(_MACHINERY)]
     if kept:
         summary.stack = traceback.StackSummary.from_list(kept)
     return "".join(summary.format())

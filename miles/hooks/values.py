@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import numbers
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
-from miles.types import GenerateFnOutput, Sample
+from miles.types import DynamicFilterOutput, GenerateFnOutput, Group, Sample
 
 Kind = Literal["none", "nan", "type", "length"]
 
@@ -111,6 +111,12 @@ def _type_hint(value: Any) -> str:
     return ""
 
 
+def kind_of(value: Any) -> str:
+    """What a value is: `an int`, `a Sample`, `None`."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def _short(value: Any) -> str:
     text = safely(repr, value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
@@ -142,13 +148,99 @@ def generate_output(value: Any) -> GenerateFnOutput:
     """Wrap what a generate function returned. Raises BadReturn for anything but samples."""
     if isinstance(value, GenerateFnOutput):
         value = value.samples
-    if isinstance(value, Sample) or (isinstance(value, list) and value and all(isinstance(s, Sample) for s in value)):
+    if isinstance(value, list) and value and all(isinstance(s, Sample) for s in value):
+        if len({id(sample) for sample in value}) < len(value):
+            hint = "each entry needs a sample of its own: copy.deepcopy(sample)"
+            raise BadReturn("type", "returned one Sample object several times", hint)
+        return GenerateFnOutput(samples=value)
+    if isinstance(value, Sample):
         return GenerateFnOutput(samples=value)
     if isinstance(value, list) and not value:
         raise BadReturn("length", "returned no samples, expected at least one", "a sample that failed: raise instead")
     if value is None:
         raise BadReturn("none", "returned None, expected the Sample", "end the function with `return sample`")
     raise BadReturn("type", f"returned {_short(value)}, expected a Sample, a list of Samples or a GenerateFnOutput")
+
+
+def evaluation_data(data: Any) -> None:
+    """Raises BadReturn where `data` is not: data set name -> a dict with the list `rewards`, one number per sample."""
+    for name, entry in of_type(data, dict, "a dict: data set name -> {'rewards': [...]}").items():
+        if not isinstance(entry, dict) or "rewards" not in entry:
+            raise BadReturn("type", f"data set {name!r} has no 'rewards'", "each data set needs a list of rewards")
+        rewards = entry["rewards"]
+        if isinstance(rewards, (str, bytes, dict)) or not hasattr(rewards, "__len__"):
+            raise BadReturn("type", f"rewards of data set {name!r}: got {_short(rewards)}, expected a list of numbers")
+        for position, value in enumerate(rewards):
+            bad = _number_problem(value)
+            if bad is not None:
+                found = str(bad).replace("returned ", "")
+                raise BadReturn(bad.kind, f"rewards[{position}] of data set {name!r}: {found}")
+        for key in ("truncated", "samples"):
+            if entry.get(key) is not None and not hasattr(entry[key], "__len__"):
+                raise BadReturn("type", f"{key!r} of data set {name!r}: got {_short(entry[key])}, expected a list")
+
+
+def filter_verdict(value: Any) -> DynamicFilterOutput:
+    """What a dynamic filter returned as DynamicFilterOutput; other values count by their truth.
+
+    Raises BadReturn for values whose truth is surely not meant: containers, text, NaN.
+    """
+    if isinstance(value, DynamicFilterOutput):
+        return value
+    if value is None:
+        return DynamicFilterOutput(keep=False, reason="returned_none")
+    wanted = "expected a DynamicFilterOutput or a bool"
+    if isinstance(value, (list, tuple, dict, set, str, bytes)):
+        hint = "return DynamicFilterOutput(keep=..., reason=...)"
+        raise BadReturn("type", f"returned {_short(value)}, {wanted}", hint)
+    keep = truth_of(value, "a DynamicFilterOutput or a bool")
+    if bool(value != value):
+        raise BadReturn("nan", f"returned {_short(value)}, {wanted}", "a spread of one reward is NaN")
+    return DynamicFilterOutput(keep=keep)
+
+
+def truth_of(value: Any, wanted: str) -> bool:
+    """Whether `value` is true. Raises BadReturn for arrays of several, which are neither."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadReturn("type", f"returned {_short(value)}, expected {wanted}", "an array: .all() or .any()") from error
+
+
+def buffer_groups(value: Any, size: int | None) -> list[Group]:
+    """The groups that a buffer filter returned: lists of `size` samples (any number where None), each once."""
+    groups: list[Group] = of_type(value, list, "a list of groups")
+    for group in groups:
+        if not isinstance(group, list):
+            hint = "one inner list per prompt"
+            raise BadReturn("type", f"returned a list of {type(group).__name__}, expected a list of groups", hint)
+        if size is not None and len(group) != size:
+            raise BadReturn("length", f"returned a group of {len(group)} samples, expected groups of {size}")
+    if len({id(group) for group in groups}) < len(groups):
+        raise BadReturn("type", "returned one group several times", "each group is trained once")
+    return groups
+
+
+def tis_result(value: Any, given: Mapping[str, Any]) -> Any:
+    """`(pg_loss, masks, metrics)` with the shapes of what the function was given. Raises BadReturn otherwise."""
+    pg_loss, masks, metrics = tuple_of(value, 3, "(pg_loss, masks, metrics)")
+    shape = tuple(given["pg_loss"].shape)
+    metrics = of_type(metrics, dict, "(pg_loss, masks, metrics) with a dict of metrics")
+    for name, tensor in (("pg_loss", pg_loss), *((f"metric {name!r}", tensor) for name, tensor in metrics.items())):
+        if not hasattr(tensor, "shape"):
+            raise BadReturn("type", f"{name} is {_short(tensor)}, expected a tensor with one value per response token")
+        if tuple(tensor.shape) != shape:
+            found = f"{name} has shape {list(tensor.shape)}, expected {list(shape)}"
+            raise BadReturn("length", found, "one value per response token, all samples one after the other")
+    before = given["loss_masks"]
+    masks = of_type(masks, (list, tuple), "(pg_loss, masks, metrics) with a list of masks")
+    if len(masks) != len(before):
+        raise BadReturn("length", f"returned {len(masks)} masks for {len(before)} samples")
+    for position, (mask, old) in enumerate(zip(masks, before)):
+        if not hasattr(mask, "shape") or tuple(mask.shape) != tuple(old.shape):
+            shown = list(mask.shape) if hasattr(mask, "shape") else _short(mask)
+            raise BadReturn("length", f"masks[{position}] is {shown}, expected a tensor of shape {list(old.shape)}")
+    return pg_loss, list(masks), metrics
 
 
 def tuple_of(value: Any, count: int, names: str) -> Any:

@@ -89,30 +89,30 @@ def test_a_reward_that_damages_its_sample(tmp_path: Path, capsys: pytest.Capture
     assert "response_length of sample 0 is" in card and "but it has 0 tokens" in card
 
 
-@pytest.mark.parametrize("name", ["hangs", "hangs_in_thread"])
-def test_a_reward_that_hangs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["hangs", "hangs_in_thread", "blocks"])
+def test_a_reward_that_takes_too_long(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether it awaits, sleeps in a thread, or keeps the event loop to itself."""
     card = card_of(capsys, tmp_path / "r", "--custom-rm-path", path(name), "--hook-timeout-s", 0.2)
-    assert "took longer than 0.2 s (--hook-timeout-s)" in card and f"bad_plug_ins.py:{line_of(f'def {name}(')}" in card
-
-
-def test_a_reward_that_cannot_be_interrupted_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train(tmp_path / "r", *SMALL, "--custom-rm-path", path("blocks"), "--hook-timeout-s", 0.02)
-    (told,) = [r.getMessage() for r in caplog.records if "cannot be interrupted" in r.getMessage()]
-    assert f"bad_plug_ins.py:{line_of('async def blocks')}" in told and "Write `def`" in told
+    assert "took longer than 0.2 s (--hook-timeout-s)" in card
+    begin = line_of(f"def {name}(")
+    assert any(f"bad_plug_ins.py:{begin + i}\n" in card for i in (1, 2)), "the line that it waits in"
 
 
 # ---- a failed score is never a 0 -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def by_hand(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights of a run in which nothing fails: one sample masked, its group's statistics taken without it."""
-    run = tmp_path_factory.mktemp("by_hand") / "r"
-    train(
-        run, *SMALL, *saving(run), "--custom-rm-path", path("scores"), "--rollout-sample-filter-path", path("mask_one"),
-        "--custom-reward-post-process-path", path("statistics_without_one"),
-    )  # fmt: skip
-    return weights(run)
+def by_hand(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of runs in which nothing fails, per policy: one sample masked, its group's statistics without it."""
+    made = {}
+    for policy, statistics in (("mask", "statistics_without_one"), ("drop", "statistics_of_a_smaller_group")):
+        run = tmp_path_factory.mktemp("by_hand") / "r"
+        train(
+            run, *SMALL, *saving(run), "--custom-rm-path", path("scores"), "--rollout-sample-filter-path",
+            path("mask_one"), "--custom-reward-post-process-path", path(statistics),
+        )  # fmt: skip
+        made[policy] = weights(run)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,16 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]
     [("one_raises", "drop"), ("one_raises", "mask"), ("one_is_none", "drop"), ("one_hangs", "retry:1,drop")],
 )
 def test_a_tolerated_failure_leaves_its_group_and_its_statistics(
-    reward: str, policy: str, tmp_path: Path, by_hand: dict[str, torch.Tensor]
+    reward: str, policy: str, tmp_path: Path, by_hand: dict[str, dict[str, torch.Tensor]]
 ) -> None:
+    """Under `mask` its place counts in the mean over the optimizer step; under `drop` it does not."""
     run = tmp_path / "r"
     flags = ("--custom-rm-path", path(reward), "--hook-policy", f"custom-rm={policy}", "--hook-timeout-s", 0.2)
     train(run, *SMALL, *saving(run), *flags)
-    assert distance(weights(run), by_hand) < 1e-7
+    same, other = ("mask", "drop") if policy == "mask" else ("drop", "mask")
+    # By hand the advantages are scaled, not the mean: Adam's first steps make something of the last bit.
+    assert distance(weights(run), by_hand[same]) < (1e-7 if same == "mask" else 5e-6)
+    assert distance(weights(run), by_hand[other]) > 2e-5
 
     samples = {s.index: s for s in read_rollouts(run, 0)}
     assert len(samples) == 16 and samples[BAD_SAMPLE].reward is None
@@ -135,11 +139,11 @@ def test_a_tolerated_failure_leaves_its_group_and_its_statistics(
     assert metrics(run, "rollout/raw_reward")[0] == pytest.approx(sum(others) / 15)
 
 
-def test_what_a_zero_would_have_done(tmp_path: Path, by_hand: dict[str, torch.Tensor]) -> None:
+def test_what_a_zero_would_have_done(tmp_path: Path, by_hand: dict[str, dict[str, torch.Tensor]]) -> None:
     """The comparison above can fail: a 0 in the place of the failed score ends in other weights."""
     run = tmp_path / "r"
     train(run, *SMALL, *saving(run), "--custom-rm-path", path("one_is_zero"))
-    assert distance(weights(run), by_hand) > 1e-4
+    assert all(distance(weights(run), made) > 1e-4 for made in by_hand.values())
 
 
 def test_a_group_of_failed_scores_is_replaced(tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ def bound_hooks(point: str, *names: str, args: dict[str, Any] | None = None, **s
     return bind(given, **settings)
 
 
-def bound(point: str, name: str, **settings: Any) -> Hook:
-    hook = getattr(bound_hooks(point, name, **settings), point)
+def bound(point: str, name: str, *, whole_run: bool = False, **settings: Any) -> Any:
+    """The Hook of one plug-in; with `whole_run` the Hooks that hold it."""
+    hooks = bound_hooks(point, name, **settings)
+    hook = getattr(hooks, point)
     assert isinstance(hook, Hook)
-    return hook
+    return hooks if whole_run else hook
 
 
 def sample(index: int = 0, **fields: Any) -> Sample:
@@ -38,3 +40,9 @@ def sample(index: int = 0, **fields: Any) -> Sample:
 
 def group(size: int = 3, **fields: Any) -> list[Sample]:
     return [sample(i, **fields) for i in range(size)]
+
+
+def answered(index: int, **fields: Any) -> Sample:
+    """A sample that generation is done with: two prompt tokens, two response tokens."""
+    fields = {"status": Sample.Status.COMPLETED, "rollout_log_probs": [-0.5, -0.5], **fields}
+    return Sample(index=index, tokens=[6, 7, 8, 9], response="89", response_length=2, **fields)

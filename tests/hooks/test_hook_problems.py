@@ -104,7 +104,7 @@ def test_files_that_cannot_be_imported(folder: Path, source: str, says: list[str
             "def grade(args, sample, extra): ...",
             ["grade(args, sample, extra) at mine.py:1", "missing a required argument: 'extra'"],
         ),
-        ("grade = 3", ["grade, a int, not a function or class", "name a function"]),
+        ("grade = 3", ["grade, an int, not a function or class", "name a function"]),
         (
             "class grade:\n    def __init__(self, model): ...",
             ["class grade(model) at mine.py:1", "cannot be made without arguments"],
@@ -151,7 +151,6 @@ def test_everything_is_reported_at_once(folder: Path) -> None:
         "--hook-policy",
         "--hook-policy",
         "--rollout-function-path",
-        "--eval-function-path",
         "--custom-generate-function-path",
         "--custom-rm-path",
         "--dynamic-sampling-filter-path",
@@ -161,7 +160,7 @@ def test_everything_is_reported_at_once(folder: Path) -> None:
     ]
     assert "did you mean custom-rm?" in problems[0]
     assert "got 'drop', expected raise" in problems[1]
-    assert str(caught.value).startswith("10 plug-in problems, found before anything was started:")
+    assert str(caught.value).startswith("9 plug-in problems, found before anything was started:")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
-"""--custom-rm-path: every form, every return value, every policy."""
+"""--custom-rm-path: when it is called and with what, every form, every return value, every policy."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
+import threading
 from argparse import Namespace
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -13,12 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hooks_helpers import bound, bound_hooks, group, sample
+from hooks_helpers import answered, bound, bound_hooks, group, sample
+from hooks_stage import SAMPLES, Stage
 
 from miles.errors import HookError, UsageError
 from miles.hooks import RewardHook, function_registry
-from miles.types import Failure
+from miles.rollout.loop_thread import get_async_loop
+from miles.types import Failure, Sample
 
+MakeStage = Callable[..., Stage]
 ARGS = Namespace(reward_key=None)
 
 
@@ -26,6 +32,130 @@ def reward(name: str, **settings: Any) -> RewardHook:
     hook = bound("custom_rm", f"rewards:{name}", **settings)
     assert isinstance(hook, RewardHook)
     return hook
+
+
+# ---- when it is called, and with what -------------------------------------------------------------------------------
+
+
+def test_the_published_call(stage: MakeStage) -> None:
+    """`(args, sample)` by position on the event loop, after the generation of that sample, once."""
+    seen: list[tuple[Any, ...]] = []
+    threads: set[threading.Thread] = set()
+
+    async def score(*given: Any, **kwargs: Any) -> float:
+        assert kwargs == {}
+        seen.append(given)
+        threads.add(threading.current_thread())
+        _, scored = given
+        assert scored.status == Sample.Status.COMPLETED and scored.reward is None and scored.response_length > 0
+        return float(scored.index)
+
+    s = stage("--hook-form", "custom-rm=sample", custom_rm=score)
+    report = s.rollout()
+    assert sorted(given[1].index for given in seen) == [0, 1, 2, 3] and all(given[0] is s.args for given in seen)
+    assert threads == {get_async_loop().thread}
+    assert report.shards[0].raw_reward == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_group_rm_scores_a_group_once_all_of_it_is_generated(stage: MakeStage) -> None:
+    seen: list[list[int]] = []
+
+    async def score(args: Namespace, samples: list[Sample]) -> list[float]:
+        assert all(s.status == Sample.Status.COMPLETED and s.reward is None for s in samples)
+        seen.append([s.index for s in samples if s.index is not None])
+        return [float(s.index or 0) for s in samples]
+
+    s = stage("--group-rm", custom_rm=score)
+    report = s.rollout()
+    assert sorted(seen) == [[0, 1], [2, 3]] and report.shards[0].raw_reward == [0.0, 1.0, 2.0, 3.0]
+    assert s.hooks.custom_rm.form == "samples"
+
+
+def test_a_function_of_one_sample_scores_groups_one_by_one(stage: MakeStage) -> None:
+    async def score(args: Namespace, sample: Sample) -> float:
+        return float(sample.index or 0)
+
+    s = stage("--group-rm", custom_rm=score)
+    assert s.rollout().shards[0].raw_reward == [0.0, 1.0, 2.0, 3.0] and s.hooks.custom_rm.form == "sample"
+
+
+def test_a_function_that_tells_groups_apart_itself(stage: MakeStage) -> None:
+    """Without annotation a group arrives as a list, as published; several samples of one prompt do, too."""
+    kinds: list[str] = []
+
+    async def score(args, sample, **kwargs):  # type: ignore[no-untyped-def]
+        kinds.append(type(sample).__name__)
+        return [float(s.index) for s in sample] if isinstance(sample, list) else float(sample.index)
+
+    async def twice(args: Namespace, sample: Sample, sampling_params: Any) -> list[Sample]:
+        return [answered(sample.index or 0), answered((sample.index or 0) + 10)]
+
+    s = stage(custom_rm=score)
+    assert s.rollout().shards[0].raw_reward == [0.0, 1.0, 2.0, 3.0] and set(kinds) == {"Sample"}
+    s = stage("--group-rm", custom_rm=score)
+    assert s.rollout().shards[0].raw_reward == [0.0, 1.0, 2.0, 3.0] and set(kinds[SAMPLES:]) == {"list"}
+    assert s.hooks.custom_rm.form == "sample-or-samples"
+    s = stage(custom_rm=score, custom_generate_function=twice)
+    assert s.rollout().shards[0].raw_reward == [0.0, 10.0, 1.0, 11.0, 2.0, 12.0, 3.0, 13.0]
+
+
+def test_it_scores_evaluations(stage: MakeStage, tmp_path: Path) -> None:
+    prompts: list[Any] = []
+
+    async def score(args: Namespace, sample: Sample) -> float:
+        prompts.append(sample.prompt)
+        return 0.5
+
+    report = stage(*Stage.evaluating(tmp_path, 2), custom_rm=score).evaluate()
+    assert prompts == ["20+1=?", "21+1=?"] and report is not None and report.accuracy == {"held": 0.5}
+
+
+def test_it_precedes_rm_type_and_metadata(stage: MakeStage) -> None:
+    async def score(args: Namespace, sample: Sample) -> float:
+        return 0.25
+
+    s = stage("--rm-type", "random", custom_rm=score)
+    assert s.rollout().shards[0].raw_reward == [0.25] * SAMPLES
+
+
+def test_args_may_be_written_to_and_copied(stage: MakeStage) -> None:
+    """What one plug-in writes on `args`, the next plug-in of the process sees."""
+
+    async def score(args: Namespace, sample: Sample) -> float:
+        own = copy.deepcopy(args)
+        own.temperature = 0.0
+        args.scored = vars(args).get("scored", 0) + 1
+        return 1.0
+
+    counted: list[int] = []
+    s = stage(custom_rm=score, custom_rollout_log_function=lambda rollout_id, args, *rest: counted.append(args.scored))
+    s.rollout()
+    assert counted == [SAMPLES] and s.args.scored == SAMPLES
+
+
+def test_a_client_of_another_loop_may_be_used(stage: MakeStage) -> None:
+    """A reward that runs a loop of its own in a thread: nothing of ours is bound to one loop or thread."""
+
+    async def fetch(sample: Sample) -> float:
+        await asyncio.sleep(0.001)
+        return float(sample.index or 0)
+
+    async def score(args: Namespace, sample: Sample) -> float:
+        return await asyncio.to_thread(lambda: asyncio.run(fetch(sample)))
+
+    assert stage(custom_rm=score).rollout().shards[0].raw_reward == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor, Fraction, np.float64, lambda v: np.array(v)])
+def test_rewards_may_be_tensors_and_arrays(kind: Callable[[float], Any], stage: MakeStage) -> None:
+    async def score(args: Namespace, sample: Sample) -> Any:
+        return kind(float((sample.index or 0) % 2))
+
+    batch = stage(custom_rm=score).rollout().shards[0]
+    np.testing.assert_allclose(np.asarray(batch.rewards), np.float32([-1, 1, -1, 1]) / np.sqrt(2), atol=1e-5)
+
+
+# ---- forms ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -54,6 +184,18 @@ def test_forms(name: str, form: str, single: float, batch: list[float]) -> None:
     assert hook.stats.total_s >= hook.stats.max_s > 0
 
 
+def test_an_annotation_says_more_than_a_name() -> None:
+    """`samples: Sample` is one sample, whatever it is called."""
+
+    async def score(args: Namespace, samples: Sample) -> float:
+        return float(samples.index or 0)
+
+    with function_registry.temporary("test:score", score):
+        hook = bound_hooks("custom_rm", "x:y", args={"custom_rm_path": "test:score"}).custom_rm
+    assert hook is not None and hook.form == "sample"
+    assert asyncio.run(hook.call_batch_async(ARGS, group())) == [0.0, 1.0, 2.0]
+
+
 def test_trl_columns_come_from_metadata_and_label() -> None:
     samples = [sample(0, metadata={"difficulty": 2}), sample(1, response="5", metadata={"difficulty": 3})]
     assert asyncio.run(reward("trl_columns").call_batch_async(ARGS, samples)) == [2.0, 0.0]
@@ -76,6 +218,8 @@ def test_forced_form() -> None:
     assert hook.form == "sample"
     assert asyncio.run(hook.call_batch_async(ARGS, group())) == [0.0, 1.0, 2.0]
 
+
+# ---- values and policies --------------------------------------------------------------------------------------------
 
 LEGAL = [1, 0, True, -2.5, Fraction(1, 2), np.float32(1.5), np.int64(3), np.bool_(True), torch.tensor(1.0)]
 LEGAL += [torch.tensor(2), torch.tensor(True), torch.tensor([0.1, 0.2]), np.array([1.0, 2.0]), torch.tensor([])]
