@@ -18,6 +18,8 @@ from miles.hooks import bind, function_registry
 from miles.types import Sample
 
 CALLS = 5_000
+# The default of --hook-timeout-s.
+TIMEOUT_S = 1800.0
 ROUNDS = 9
 
 
@@ -69,7 +71,8 @@ def main() -> None:
                 custom_eval_rollout_log_function_path="b:log",
                 dynamic_sampling_filter_path="b:keep",
                 custom_rm_path="b:reward",
-            )
+            ),
+            timeout_s=TIMEOUT_S,
         )
         thread_hook = hooks.bind_path("custom_rm", "b:thread")
     log_hook, filter_hook, reward_hook = (

@@ -9,20 +9,22 @@ from __future__ import annotations
 import difflib
 import inspect
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from miles.errors import HookReport, MilesError
 from miles.hooks.adapt import Callee, Mismatch, callee_of, is_async, recognise
 from miles.hooks.adapters import adapt
-from miles.hooks.call import GenerateHook, Hook, ObjectHook, ReducerHook, RewardHook, RolloutHook
+from miles.hooks.call import Hook, RewardHook, RolloutHook
+from miles.hooks.call_special import GenerateHook, ObjectHook, ReducerHook
 from miles.hooks.catalog import CATALOG, plug_point_named
 from miles.hooks.guard import Guard
 from miles.hooks.load import load_function
 from miles.hooks.point import Form, PlugPoint, Policy, parse_policy
 from miles.hooks.problems import at_place, described, expected_forms, load_problem, problem
 from miles.hooks.source import source_of
+from miles.hooks.stats import Counts
 from miles.hooks.threads import Threads
 from miles.hooks.values import BadReturn
 
@@ -77,6 +79,9 @@ class Hooks:
 
     def __init__(self, binder: Binder, bound: Mapping[str, list[Hook]]) -> None:
         self._binder = binder
+        # Of plug-ins that no flag names: the key of their state. Saved state of those that are not bound yet.
+        self._keys: dict[int, str] = {}
+        self._waiting_state: dict[str, Any] = {}
         self._all: list[Hook] = [hook for hooks in bound.values() for hook in hooks]
         for name, point in CATALOG.items():
             hooks = bound.get(name, [])
@@ -87,17 +92,34 @@ class Hooks:
         return iter(self._all)
 
     def bind_path(self, name: str, path: str) -> Hook:
-        """One more plug-in for plug point `name`, under the policies of this run. Raises HookReport."""
+        """One more plug-in for plug point `name`, under the policies of this run. Raises HookReport.
+
+        A run that resumes hands it the state that was saved of it, as `load_state_dict` does.
+        """
         hook = self._binder.require(CATALOG[name], path)
         self._all.append(hook)
+        self._keys[id(hook)] = f"{name} {path}"
+        if self._waiting_state.get(self._key(hook)) is not None:
+            hook.load_state(self._waiting_state.pop(self._key(hook)))
         return hook
+
+    @property
+    def guard(self) -> Guard:
+        """Policies, error budget and bundles of this run."""
+        return self._binder.guard
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Seconds that one call may take; None without a limit."""
+        return self._binder.timeout_s
 
     def set_bundle_dir(self, path: str | Path | None) -> None:
         """Where failed calls are kept for `miles replay` (the run directory's `failures`); None keeps none."""
         self._binder.guard.bundle_dir = Path(path) if path is not None else None
 
     def begin_rollout(self) -> None:
-        """Start counting anew against the error budget."""
+        """Start counting anew against the error budget, and for the metrics of a rollout."""
+        self.guard.over = None
         for hook in self._all:
             hook.stats.begin_rollout()
 
@@ -114,15 +136,24 @@ class Hooks:
         bound[0].reject(BadReturn("type", message, f"the samples went through {others}, too" if others else ""))
 
     def stats(self) -> dict[str, float]:
-        """`hooks/<name>/{calls,failures,total_s,max_s}` since the run began, for plug-ins that were called."""
-        metrics: dict[str, float] = {}
+        """`hooks/<name>/{calls,failures,p50_s,p95_s,max_s,total_s}` since the run began, for plug-ins that were called.
+
+        Several plug-ins of one plug point count together.
+        """
+        return self._metrics(lambda hook: hook.stats.run)
+
+    def rollout_stats(self) -> dict[str, float]:
+        """The same since `begin_rollout`."""
+        return self._metrics(lambda hook: hook.stats.rollout)
+
+    def _metrics(self, counts_of: Callable[[Hook], Counts]) -> dict[str, float]:
+        by_name: dict[str, Counts] = {}
         for hook in self._all:
-            if hook.stats.calls == 0:
-                continue
-            prefix = f"hooks/{hook.point.name}/"
-            for key in ("calls", "failures", "total_s"):
-                metrics[prefix + key] = metrics.get(prefix + key, 0) + getattr(hook.stats, key)
-            metrics[prefix + "max_s"] = max(metrics.get(prefix + "max_s", 0.0), hook.stats.max_s)
+            by_name.setdefault(hook.point.name, Counts()).merge(counts_of(hook))
+        metrics: dict[str, float] = {}
+        for name, counts in by_name.items():
+            if counts.calls:
+                metrics |= counts.metrics(f"hooks/{name}")
         return metrics
 
     def sources(self) -> dict[str, dict[str, Any]]:
@@ -148,21 +179,20 @@ class Hooks:
     def state_dict(self) -> dict[str, Any]:
         """The state of every plug-in that is a class or an object with `state_dict`, by plug point.
 
-        Raises HookError where one of them fails.
+        A further plug-in of a plug point (`bind_path`) has the key `<plug point> <path>`. Raises HookError where one of
+        them fails.
         """
-        return {
-            hook.point.name: hook.enter(hook.state_holder.state_dict)
-            for hook in self._all
-            if callable(getattr(hook.state_holder, "state_dict", None))
-        }
+        saved = {self._key(hook): hook.save_state() for hook in self._all if hook.has_state}
+        return {**self._waiting_state, **saved}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give every plug-in its state back. Rollout classes and the data source must be built before.
 
         Raises HookReport where a saved state has no plug-in to go to, HookError where a plug-in fails on it.
         """
-        hooks = {h.point.name: h for h in self._all if callable(getattr(h.state_holder, "load_state_dict", None))}
-        lost = [n for n in state if n not in hooks]
+        hooks = {self._key(hook): hook for hook in self._all if hook.has_state}
+        waiting = {key: value for key, value in state.items() if key not in hooks and " " in key}
+        lost = [key for key in state if key not in hooks and key not in waiting]
         if lost:
             raise HookReport(
                 [
@@ -171,8 +201,19 @@ class Hooks:
                     for n in lost
                 ]
             )
-        for name, value in state.items():
-            hooks[name].enter(hooks[name].state_holder.load_state_dict, value)
+        self._waiting_state = waiting
+        for key, hook in hooks.items():
+            if key in state:
+                hook.load_state(state[key])
+
+    def _key(self, hook: Hook) -> str:
+        """What a checkpoint calls the state of `hook`. Middlewares are numbered from the second on."""
+        known = self._keys.get(id(hook))
+        if known is not None:
+            return known
+        same = [h for h in self._all if h.point is hook.point and id(h) not in self._keys]
+        number = next(i for i, h in enumerate(same) if h is hook)
+        return f"{hook.point.name}[{number}]" if number else hook.point.name
 
 
 class Binder:
@@ -209,8 +250,9 @@ class Binder:
         except (Exception, SystemExit) as error:
             self.problems.append(load_problem(point, path, error))
             return None
+        before = len(self.problems)
         obj = self._instantiated(point, path, loaded)
-        if obj is None:
+        if len(self.problems) > before:
             return None
         callee = callee_of(obj, getattr(loaded, "__qualname__", path.replace(":", ".").rpartition(".")[2]))
         try:
@@ -252,16 +294,16 @@ class Binder:
             return None
 
     def _hook(self, point: PlugPoint, path: str, loaded: Any, callee: Callee, form: Form) -> Hook:
-        timeout_s = self.timeout_s if point.awaited else None
+        adapted, policy = adapt(point, callee, form, self.threads), self.policies.get(point.name, Policy())
         given = (
-            point, path, loaded, form.name, source_of(loaded),
-            adapt(point, callee, form, self.threads), self.guard, self.policies.get(point.name, Policy()), timeout_s,
+            point, path, loaded, form.name, source_of(loaded), adapted, self.guard, policy, self.timeout_s,
         )  # fmt: skip
         if point.may_be_async:
             return RolloutHook(*given, threads=self.threads)
         hook = _SPECIAL.get(point.name, Hook)(*given)
-        if point.instantiates and not inspect.isroutine(callee.obj):
-            hook.state_holder = callee.obj
+        if not callee.is_class:
+            hook.state_holder = callee.obj.__self__ if inspect.ismethod(callee.obj) else callee.obj
+        hook.in_thread = point.awaited and not is_async(callee.obj)
         return hook
 
 
@@ -274,6 +316,16 @@ def _wrong_kind(point: PlugPoint, callee: Callee, form: Form) -> tuple[str, str]
     missing = [m for m in point.methods if callee.is_class and not callable(getattr(cls, m, None))]
     if missing:
         return f"{what}, without {', '.join(missing)}", f"add the method{'s' if len(missing) > 1 else ''}"
+    for name in point.methods if callee.is_class else ():
+        method = inspect.getattr_static(cls, name)
+        if not inspect.isfunction(method):
+            continue
+        if inspect.iscoroutinefunction(method):
+            return f"{what}, whose {name} is async; it is called synchronously", f"write `def {name}`"
+        try:
+            inspect.signature(method).bind(None, None)
+        except TypeError as error:
+            return f"{what}, whose {name} cannot take one argument: {error}", f"make it `def {name}(self, ...)`"
     if point.may_be_async and callee.is_class:
         call = next((vars(k)["__call__"] for k in cls.__mro__ if "__call__" in vars(k)), None)
         if call is None:
@@ -283,7 +335,7 @@ def _wrong_kind(point: PlugPoint, callee: Callee, form: Form) -> tuple[str, str]
         except TypeError as error:
             return f"{what}, whose __call__ cannot take one input: {error}", "make it `def __call__(self, input)`"
     has_state = callable(getattr(cls, "state_dict", None)) and not inspect.isroutine(callee.obj)
-    if has_state and point.process == "manager" and not callable(getattr(cls, "load_state_dict", None)):
+    if has_state and not callable(getattr(cls, "load_state_dict", None)):
         return f"{what}, with state_dict but without load_state_dict", "add load_state_dict(state)"
     return None
 
@@ -300,17 +352,20 @@ def bind(
     """Load, recognise and adapt every plug point that `args` names. Raises HookReport with all problems.
 
     `policies` and `forms` are keyed by plug point (`custom-rm`, `--custom-rm-path` or `custom_rm`). `timeout_s` limits
-    one call of an awaited plug point. `threads` run the synchronous ones among those; a pool of their own by default.
+    one call (0 or None: no limit); those that do not await are interrupted by a `watchdog.Watchdog` alone. `threads`
+    run the synchronous plug-ins of awaited plug points; a pool of their own by default.
     """
     problems: list[str] = []
     known_policies = {p.name: _policy(p, text, problems) for p, text in _known("--hook-policy", policies, problems)}
     known_forms = {p.name: text for p, text in _known("--hook-form", forms, problems)}
-    binder = Binder(args, known_policies, known_forms, timeout_s, Guard(error_budget), threads or Threads())
+    binder = Binder(args, known_policies, known_forms, timeout_s or None, Guard(error_budget), threads or Threads())
     bound: dict[str, list[Hook]] = {}
     for point, path in paths_of(args):
         hook = binder.bind_one(point, path)
         if hook is not None:
             bound.setdefault(point.name, []).append(hook)
+        elif point.name == "eval_function" and vars(args).get(point.dest) is None and "rollout_function" not in bound:
+            binder.problems.pop()  # said of the flag that was given
     problems += binder.take_problems()
     if problems:
         raise HookReport(list(dict.fromkeys(problems)))

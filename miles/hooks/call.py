@@ -8,6 +8,7 @@
 
 KeyboardInterrupt, the cancellation of the caller's own task and miles' own errors (UsageError, a nested HookError) pass
 untouched. A plug-in that calls `sys.exit`, or lets a cancellation of its own tasks out, has failed like any other.
+One call may take `--hook-timeout-s` seconds; what does not await is interrupted by the watchdog (`limits`, `watchdog`).
 Synchronous plug points: `hook(...)`, inline. Awaited ones: `await hook.call_async(...)`. A rollout function, which may
 be either, has `build` once and then `run` or `call_async`.
 """
@@ -15,9 +16,7 @@ be either, has `build` once and then `run` or `call_async`.
 from __future__ import annotations
 
 import asyncio
-import copy
 import inspect
-import logging
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
@@ -27,13 +26,16 @@ from typing import Any, NoReturn, TypeVar
 
 from miles.errors import EngineError
 from miles.hooks.adapt import is_async
-from miles.hooks.adapters import Adapted, rollout_output
+from miles.hooks.adapted import Adapted
+from miles.hooks.adapters import rollout_output
 from miles.hooks.card import FailedCall, first_sample
-from miles.hooks.guard import Guard, HookStats, passes
+from miles.hooks.guard import Guard, innermost, passes
+from miles.hooks.limits import Interrupted, TookTooLong, limited
 from miles.hooks.point import PlugPoint, Policy
 from miles.hooks.source import Source, is_built_in
+from miles.hooks.stats import HookStats
 from miles.hooks.threads import Threads
-from miles.hooks.values import BadReturn, reward_problem, scalar_problem
+from miles.hooks.values import BadReturn, reward_problem
 from miles.types import (
     DynamicFilterOutput,
     Failure,
@@ -44,16 +46,14 @@ from miles.types import (
     Sample,
 )
 
-logger = logging.getLogger("miles.hooks")
-
 # Seconds before the first retry of an awaited call; doubled each time up to the limit. Inline calls retry at once.
 RETRY_DELAY_S = 0.1
 MAX_RETRY_DELAY_S = 5.0
 
 T = TypeVar("T")
 
-# What a call may raise that counts as its failure.
-FAILURES = (Exception, SystemExit)
+# What a call may raise that counts as its failure; `passes` tells what among it does not.
+FAILURES = (Exception, SystemExit, BaseExceptionGroup)
 
 # What the core receives when a failed call is dropped. Awaited plug points return the Failure itself.
 _DROPPED: dict[str, Any] = {
@@ -84,10 +84,12 @@ class Hook:
     ) -> None:
         self.point, self.path, self.target, self.form, self.source = point, path, target, form, source
         self.policy, self.timeout_s = policy, timeout_s
-        self._told_blocking = False
         self.stats = HookStats()
-        # What `state_dict` is asked of: the object a class was made into; None for functions.
+        # What is asked for `state_dict`: the object that a class was made into, the one that a method belongs to, or
+        # the plug-in itself; None before a rollout class or a data source is built.
         self.state_holder: Any = None
+        # Whether the calls leave the event loop: a synchronous function at an awaited plug point.
+        self.in_thread = False
         self._adapted, self._guard = adapted, guard
         self._call = adapted.call
         self.__name__ = point.name
@@ -96,11 +98,6 @@ class Hook:
     def is_built_in(self) -> bool:
         """Whether the plug-in is one of miles itself: a default, or another that a flag names."""
         return self.source.file is not None and is_built_in(self.source.file)
-
-    @property
-    def in_thread(self) -> bool:
-        """Whether the calls leave the event loop: a synchronous function at an awaited plug point."""
-        return self.point.awaited and not is_async(self.target if self.state_holder is None else self.state_holder)
 
     def raw(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted call without the door, for `miles replay`: errors fly. Awaited plug points give a coroutine."""
@@ -113,35 +110,29 @@ class Hook:
         """The canonical call of a synchronous plug point."""
         begin = perf_counter()
         try:
-            value = self._call(*args, **kwargs)
+            value, seconds = limited(self, self._call, args, kwargs)
             if type(value) is CoroutineType:
                 value = _refuse(value)
         except FAILURES as error:
-            value = self._recover(error, args, kwargs, begin)
-        stats = self.stats
-        seconds = perf_counter() - begin
-        stats.calls += 1
-        stats.total_s += seconds
-        if seconds > stats.max_s:
-            stats.max_s = seconds
+            return self._recover(error, args, kwargs, begin)
+        self.stats.rollout.add(seconds)
         return value
 
     def _recover(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any], begin: float) -> Any:
         """Retry, then report; what the core receives instead of a value."""
-        for _ in range(self.policy.retries):
-            _raise_if_passing(error)
-            try:
-                value = self._call(*args, **kwargs)
-                return _refuse(value) if type(value) is CoroutineType else value
-            except FAILURES as again:
-                error = again
-        _raise_if_passing(error)
         try:
+            for _ in range(self.policy.retries):
+                raise_if_passing(error)
+                try:
+                    value, _ = limited(self, self._call, args, kwargs)
+                    return _refuse(value) if type(value) is CoroutineType else value
+                except FAILURES as again:
+                    error = again
+            raise_if_passing(error)
             self._guard.report(self.failed(error, args, kwargs), self.stats)
-        except BaseException:
-            self.stats.add(perf_counter() - begin)
-            raise
-        return _DROPPED.get(self.point.name)
+            return _DROPPED.get(self.point.name)
+        finally:
+            self.stats.rollout.add(perf_counter() - begin)
 
     async def call_async(self, *args: Any, **kwargs: Any) -> Any:
         """The canonical call of an awaited plug point. A tolerated failure is returned as a `Failure`."""
@@ -149,10 +140,10 @@ class Hook:
         try:
             return await self._attempts(self._call, args, kwargs)
         except FAILURES as error:
-            _raise_if_passing(error)
+            raise_if_passing(error)
             return self._guard.report(self.failed(error, args, kwargs), self.stats)
         finally:
-            self.stats.add(perf_counter() - begin)
+            self.stats.rollout.add(perf_counter() - begin)
 
     async def _attempts(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any) -> Any:
         delay = RETRY_DELAY_S
@@ -160,55 +151,56 @@ class Hook:
             try:
                 return await self._limited(call, args, kwargs)
             except FAILURES as error:
-                _raise_if_passing(error)
+                raise_if_passing(error)
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RETRY_DELAY_S)
         return await self._limited(call, args, kwargs)
 
     async def _limited(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """One attempt under the time limit. The watchdog reads `self`, `args` and `kwargs` of this frame."""
+        if self._guard.over is not None:
+            raise self._guard.over
+        scope = asyncio.timeout(self.timeout_s)
         try:
-            if self.timeout_s is None:
+            async with scope:
                 return await call(*args, **kwargs)
-            return await self._in_time(self.timeout_s, call, args, kwargs)
+        except TimeoutError as error:
+            if scope.expired():
+                raise TookTooLong from error
+            raise
+        except Interrupted as error:
+            raise TookTooLong from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             raise OwnTaskCancelled from error
 
-    async def _in_time(
-        self, timeout_s: float, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any
-    ) -> Any:
-        begin = perf_counter()
-        scope = asyncio.timeout(timeout_s)
-        try:
-            async with scope:
-                value = await call(*args, **kwargs)
-        except TimeoutError as error:
-            if scope.expired():
-                raise TookTooLong from error
-            raise
-        seconds = perf_counter() - begin
-        if seconds > timeout_s and not self._told_blocking:
-            self._told_blocking = True
-            logger.warning(
-                "%s %s (%s) took %.1f s and cannot be interrupted after --hook-timeout-s %g: it does not await while "
-                "it works, and everything else waits with it. Write `def` (it then runs in a thread), or await.",
-                self.point.flag, self.path, self.source, seconds, timeout_s,
-            )  # fmt: skip
-        return value
-
     def enter(self, method: Callable[..., T], *args: Any) -> T:
         """One call of a method of `state_holder`: `hook.enter(source.get_samples, 16)`. Raises HookError."""
         begin = perf_counter()
         try:
-            return method(*args)
+            value: T = limited(self, method, args, {})[0]
+            return value
         except FAILURES as error:
-            _raise_if_passing(error)
+            raise_if_passing(error)
             self._guard.report(self.failed(error, args, {}, call="method"), self.stats)
             raise
         finally:
-            self.stats.add(perf_counter() - begin)
+            self.stats.rollout.add(perf_counter() - begin)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether checkpoints hold something of this plug-in."""
+        return callable(getattr(self.state_holder, "state_dict", None))
+
+    def save_state(self) -> Any:
+        """What `state_dict` of the plug-in says. Raises HookError."""
+        return self.enter(self.state_holder.state_dict)
+
+    def load_state(self, state: Any) -> None:
+        """Hand `state` to `load_state_dict` of the plug-in. Raises HookError."""
+        self.enter(self.state_holder.load_state_dict, state)
 
     def reject(self, problem: BadReturn, *given: Any, sample: Sample | None = None) -> NoReturn:
         """What a later step found wrong with a value of this plug-in: HookError, with the card of a failed call."""
@@ -223,6 +215,7 @@ class Hook:
     ) -> FailedCall:  # fmt: skip
         if isinstance(error, OwnTaskCancelled) and error.__cause__ is not None:
             error = error.__cause__
+        in_time = innermost(error, Interrupted) is None and not isinstance(error, TookTooLong)
         return FailedCall(
             point=self.point,
             path=self.path,
@@ -233,63 +226,12 @@ class Hook:
             inputs=(args, kwargs),
             call=call,
             sample=sample or first_sample((*args, *kwargs.values())),
-            timeout_s=self.timeout_s if isinstance(error, TookTooLong) else None,
+            timeout_s=None if in_time else self.timeout_s,
         )
 
 
 class OwnTaskCancelled(Exception):
     """A CancelledError that nobody but the plug-in has caused; it is the cause."""
-
-
-class TookTooLong(Exception):
-    """A call passed the time limit of its Hook; its cause is the TimeoutError."""
-
-
-class ObjectHook(Hook):
-    """A plug point that makes an object once: the data source. Its methods are called through `enter`."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.state_holder = super().__call__(*args, **kwargs)
-        return self.state_holder
-
-
-class ReducerHook(Hook):
-    """The reducer of the policy loss: what it returns is a function of the user's, too, and is called with its errors
-    told."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        reducer = super().__call__(*args, **kwargs)
-
-        def reduce(values: Any) -> Any:
-            try:
-                value = reducer(values)
-            except FAILURES as error:
-                _raise_if_passing(error)
-                self._guard.report(self.failed(error, args, kwargs, call="method"), self.stats)
-                raise
-            problem = scalar_problem(value)
-            if problem is not None:
-                self.reject(problem, *args)
-            return value
-
-        return reduce
-
-
-class GenerateHook(Hook):
-    """The generate function: a failed attempt leaves the sample as it was, so that a retry starts anew."""
-
-    async def _limited(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any) -> Any:
-        attributes = vars(args[0].sample)
-        before = {k: copy.copy(v) if isinstance(v, _CHANGED_IN_PLACE) else v for k, v in attributes.items()}
-        try:
-            return await super()._limited(call, args, kwargs)
-        except FAILURES:
-            attributes.clear()
-            attributes.update(before)
-            raise
-
-
-_CHANGED_IN_PLACE = (list, dict, Sample.SpecInfo, Sample.PrefixCacheInfo)
 
 
 class RewardHook(Hook):
@@ -304,10 +246,10 @@ class RewardHook(Hook):
         try:
             return await self._attempts(self._checked, (args, sample), {})
         except FAILURES as error:
-            _raise_if_passing(error)
+            raise_if_passing(error)
             return self._guard.report(self.failed(error, (args, sample), {}, sample=sample), self.stats)
         finally:
-            self.stats.add(perf_counter() - begin)
+            self.stats.rollout.add(perf_counter() - begin)
 
     async def _checked(self, args: Namespace, sample: Sample) -> Any:
         value = await self._call(args, sample)
@@ -340,12 +282,12 @@ class RewardHook(Hook):
         except BadEntries as error:
             return self._entries(error, args, samples)
         except FAILURES as error:
-            _raise_if_passing(error)
+            raise_if_passing(error)
             failed = self.failed(error, (args, samples), {}, call="batch", sample=samples[0])
             failure = self._guard.report(failed, self.stats, count=len(samples))
             return [_of_sample(failure, sample) for sample in samples]
         finally:
-            self.stats.add(perf_counter() - begin, len(samples))
+            self.stats.rollout.add(perf_counter() - begin, len(samples))
 
     async def _checked_batch(self, args: Namespace, samples: list[Sample]) -> list[Any]:
         assert self._adapted.batch is not None
@@ -391,7 +333,7 @@ class RolloutHook(Hook):
         try:
             built = self._adapted.build(given)
         except FAILURES as error:
-            _raise_if_passing(error)
+            raise_if_passing(error)
             self._guard.report(self.failed(error, (given,), {}, call="build"), self.stats)
             raise
         if self.form == "class":
@@ -412,11 +354,11 @@ class RolloutHook(Hook):
             output: RolloutFnTrainOutput | RolloutFnEvalOutput = call(obj, input)
             return output
         except FAILURES as error:
-            self._raise_if_passing(error)
+            self.raise_if_passing(error)
             self._guard.report(self.failed(error, (input,), {}), self.stats)
             raise
         finally:
-            self.stats.add(perf_counter() - begin)
+            self.stats.rollout.add(perf_counter() - begin)
 
     async def call_async(self, obj: Any, input: RolloutFnInput) -> RolloutFnTrainOutput | RolloutFnEvalOutput:
         """One rollout from inside an event loop. A synchronous function runs in a thread: it may wait for this loop."""
@@ -428,15 +370,15 @@ class RolloutHook(Hook):
                 value = await self._threads.run(obj, input)
             return rollout_output(await value if inspect.isawaitable(value) else value, input)
         except FAILURES as error:
-            self._raise_if_passing(error)
+            self.raise_if_passing(error)
             self._guard.report(self.failed(error, (input,), {}), self.stats)
             raise
         finally:
-            self.stats.add(perf_counter() - begin)
+            self.stats.rollout.add(perf_counter() - begin)
 
-    def _raise_if_passing(self, error: BaseException) -> None:
+    def raise_if_passing(self, error: BaseException) -> None:
         """What an engine says to the built-in functions is no plug-in's fault; it says itself what is wrong."""
-        _raise_if_passing(error)
+        raise_if_passing(error)
         if isinstance(error, EngineError) and self.is_built_in:
             raise error
 
@@ -457,7 +399,7 @@ async def _gather(coroutines: list[Coroutine[Any, Any, Any]]) -> list[Any]:
         raise
 
 
-def _raise_if_passing(error: BaseException) -> None:
+def raise_if_passing(error: BaseException) -> None:
     untouched = passes(error)
     if untouched is not None:
         raise untouched

@@ -6,11 +6,12 @@ One Guard per run is shared by all its plug-ins; `call.Hook` hands every failure
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 from miles.errors import EngineError, ErrorBudgetExceeded, HookError, MilesError
 from miles.hooks.card import FailedCall, card, write_bundle
+from miles.hooks.limits import Interrupted
+from miles.hooks.stats import HookStats
 from miles.types import Failure
 
 logger = logging.getLogger("miles.hooks")
@@ -19,42 +20,9 @@ logger = logging.getLogger("miles.hooks")
 MAX_BUNDLES = 20
 # Fewer failures than this in one rollout never exceed the budget: a fraction of a handful of calls means nothing.
 MIN_FAILURES = 5
-
-
-@dataclass
-class HookStats:
-    """Counts and seconds of one plug-in since the run began. A batch of 8 samples counts as 8 calls.
-
-    Example: `HookStats(calls=640, failures=2, total_s=1.9, max_s=0.07)`
-    """
-
-    calls: int = 0
-    failures: int = 0
-    total_s: float = 0.0
-    max_s: float = 0.0
-    # Where this rollout began, and how many calls the last one made: what the error budget is measured against.
-    calls_before: int = 0
-    failures_before: int = 0
-    calls_last_rollout: int = 0
-
-    def add(self, seconds: float, calls: int = 1) -> None:
-        self.calls += calls
-        self.total_s += seconds
-        if seconds > self.max_s:
-            self.max_s = seconds
-
-    def begin_rollout(self) -> None:
-        self.calls_last_rollout = self.calls - self.calls_before
-        self.calls_before, self.failures_before = self.calls, self.failures
-
-    def exceeds(self, budget: float) -> bool:
-        """At least MIN_FAILURES calls of this rollout failed, and they are more than `budget` of its calls.
-
-        Calls so far or calls of the last rollout, whichever is more: early failures must not weigh more than late ones.
-        """
-        failures = self.failures - self.failures_before
-        calls = max(self.calls - self.calls_before, self.calls_last_rollout, failures)
-        return failures >= MIN_FAILURES and failures > budget * calls
+# This many calls of one rollout, and not one success among them, end the run under any budget: nothing would ever be
+# full of samples without a score.
+HOPELESS_CALLS = 64
 
 
 class Guard:
@@ -66,28 +34,54 @@ class Guard:
         self._bundles: dict[str, int] = {}
         self._number = 0
         self._told: set[tuple[str, str, str]] = set()
+        # What ends the run after an interrupted call. Others that are about to block the loop as long do not begin.
+        self.over: HookError | None = None
 
     def report(self, failed: FailedCall, stats: HookStats, *, count: int = 1) -> Failure:
         """The failure as data. Raises HookError under `raise`, ErrorBudgetExceeded where too many calls failed.
 
         `count` samples have failed in this one call.
         """
-        stats.failures += count
+        stats.rollout.failures += count
         bundle = self._bundle(failed)
         failure = failed.failure(bundle)
         text = card(failed, bundle)
+        error: HookError | None = None
         if failed.policy.action == "raise":
-            raise HookError(failure, text) from failed.error
-        if stats.exceeds(self.error_budget):
-            failures = stats.failures - stats.failures_before
-            calls = max(stats.calls - stats.calls_before, failures)
-            head = (
-                f"{failures} of {calls} calls of {failed.point.flag} have failed in this rollout, more than "
-                f"--hook-error-budget {self.error_budget:g} tolerates. The last one:"
-            )
-            raise ErrorBudgetExceeded(failure, f"{head}\n{text}") from failed.error
-        self._tell(failure, text)
-        return failure
+            error = HookError(failure, text)
+        elif self._exceeds(stats):
+            error = ErrorBudgetExceeded(failure, f"{self._over_budget(failed, stats)}\n{text}")
+        if error is None:
+            self._tell(failure, text)
+            return failure
+        if innermost(failed.error, Interrupted) is not None:
+            self.over = error
+        raise error from failed.error
+
+    def stuck(self, failed: FailedCall) -> str:
+        """The card of a call that does not end although its time is up."""
+        text = card(failed, self._bundle(failed))
+        return f"{text}\n  stuck     it cannot be interrupted: it is inside of C code, or catches everything"
+
+    def _exceeds(self, stats: HookStats) -> bool:
+        """At least MIN_FAILURES calls of this rollout failed, and they are more than the budget allows of its calls, or
+        all of many.
+
+        Measured against the calls of the last rollout where those are more: early failures must not weigh more than
+        late ones.
+        """
+        failures = stats.rollout.failures
+        hopeless = failures >= HOPELESS_CALLS and failures == stats.calls_of_rollout
+        return failures >= MIN_FAILURES and (failures > self.error_budget * stats.expected_calls or hopeless)
+
+    def _over_budget(self, failed: FailedCall, stats: HookStats) -> str:
+        """Example: `7 of 40 calls of --custom-rm-path have failed in this rollout, more than --hook-error-budget 0.05
+        tolerates. The last one:`"""
+        failures, calls = stats.rollout.failures, stats.calls_of_rollout
+        why = f"more than --hook-error-budget {self.error_budget:g} tolerates"
+        if failures <= self.error_budget * stats.expected_calls:
+            why = "and not one has succeeded"
+        return f"{failures} of {calls} calls of {failed.point.flag} have failed in this rollout, {why}. The last one:"
 
     def _tell(self, failure: Failure, text: str) -> None:
         """The whole card once per place and kind; what follows is in the counters and bundles."""
@@ -119,7 +113,19 @@ def passes(error: BaseException) -> BaseException | None:
     """The error that goes through the door untouched, if `error` is one or holds one (an ExceptionGroup)."""
     if isinstance(error, BaseExceptionGroup):
         return next((p for p in map(passes, error.exceptions) if p is not None), None)
-    untouched = isinstance(error, MilesError) and not isinstance(error, EngineError)
-    return error if untouched or not isinstance(error, (Exception, SystemExit)) else None
+    if isinstance(error, MilesError):
+        return None if isinstance(error, EngineError) else error
+    return error if isinstance(error, (KeyboardInterrupt, GeneratorExit)) else None
 
 
+def innermost(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """`error`, one of its causes or one inside of it (an ExceptionGroup) that is a `kind`; None without any."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, kind):
+            return error
+        if isinstance(error, BaseExceptionGroup):
+            return next((e for e in (innermost(e, kind) for e in error.exceptions) if e is not None), None)
+        error = error.__cause__
+    return None

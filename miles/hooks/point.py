@@ -105,6 +105,10 @@ class PlugPoint:
     tolerates: tuple[tuple[Action, str], ...] = ()
     retries: bool = False
     default_factory: Callable[[], str | None] = lambda: None
+    # Whether a call has no effect but its value and its changes of what it is given: `miles check` makes one.
+    pure: bool = False
+    # Why `miles replay` cannot make a recorded call again, as one sentence; empty where it can.
+    replay: str = ""
 
     @property
     def dest(self) -> str:

@@ -23,8 +23,13 @@ from miles.types import (
     Sample,
 )
 
-_LOSES_SAMPLE = "the sample leaves training and its group's statistics"
+_LOSES_SAMPLE = "the sample leaves its group; optimizer steps go on as if it had never been asked for"
+_MASKS_SAMPLE = "the sample leaves the statistics of its group and carries no loss, but counts as a sample of its step"
 _SKIPPED = "the call is skipped"
+_WHOLE_ROLLOUT = (
+    "A whole rollout needs its data source and engines; replay the generate function or the reward, or run it again "
+    "with --debug-rollout-only."
+)
 
 
 # ---- 1, 16: whole rollouts ----------------------------------------------------------------------------------------
@@ -66,6 +71,7 @@ _ROLLOUT_FORMS = (
     forms=_ROLLOUT_FORMS,
     may_be_async=True,
     default_factory=_default_rollout_function,
+    replay=_WHOLE_ROLLOUT,
 )
 class RolloutFunction(Protocol):
     """One rollout: prompts in, scored groups out.
@@ -85,6 +91,7 @@ class RolloutFunction(Protocol):
     process="manager",
     forms=_ROLLOUT_FORMS,
     may_be_async=True,
+    replay=_WHOLE_ROLLOUT,
 )
 class EvalFunction(Protocol):
     """All evaluation data sets, called with `evaluation=True` (or RolloutFnEvalInput).
@@ -116,7 +123,7 @@ class EvalFunction(Protocol):
     ),
     awaited=True,
     instantiates=True,
-    tolerates=(("drop", _LOSES_SAMPLE),),
+    tolerates=(("drop", _LOSES_SAMPLE), ("mask", _MASKS_SAMPLE)),
     retries=True,
 )
 class CustomGenerateFunction(Protocol):
@@ -175,8 +182,9 @@ _NOT_OURS = ("args", "sample", "samples")
     ),
     awaited=True,
     instantiates=True,
-    tolerates=(("drop", _LOSES_SAMPLE), ("mask", _LOSES_SAMPLE + "; its group keeps its place")),
+    tolerates=(("drop", _LOSES_SAMPLE), ("mask", _MASKS_SAMPLE)),
     retries=True,
+    pure=True,
 )
 class CustomRm(Protocol):
     """The reward of one sample: a number, or a dict from which `--reward-key` picks the number.
@@ -197,6 +205,7 @@ class CustomRm(Protocol):
     help="Plug-in: keep or drop a finished group.",
     process="manager",
     tolerates=(("drop", "the group is dropped, counted under the reason filter_failed"),),
+    pure=True,
 )
 class DynamicSamplingFilter(Protocol):
     """Whether a group is trained. `reason` is counted as `rollout/dynamic_filter/drop_<reason>`.
@@ -227,6 +236,7 @@ class DynamicSamplingFilter(Protocol):
             tells=(Tell(0, names=("samples", "groups", "buffer")),),
         ),
     ),
+    pure=True,
 )
 class BufferFilter(Protocol):
     """At most `num_samples` groups out of the buffer, which is the live list: what is returned must be removed."""
@@ -255,6 +265,7 @@ class BufferFilter(Protocol):
             needs_tell=True,
         ),
     ),
+    pure=True,
 )
 class RolloutSampleFilter(Protocol):
     """Sets `sample.remove_sample = True` on samples that keep their place in statistics but carry no loss."""
@@ -294,6 +305,7 @@ class RolloutAllSamplesProcess(Protocol):
     when="Once per rollout in the default conversion, on the flat list of trained samples.",
     help="Plug-in: raw rewards to training rewards.",
     process="manager",
+    pure=True,
 )
 class CustomRewardPostProcess(Protocol):
     """`(raw_rewards, rewards)`, each with one number (or 1-D tensor) per sample."""
@@ -306,6 +318,7 @@ class CustomRewardPostProcess(Protocol):
     when="Once per rollout, in place of the default conversion and of the reward post-processing.",
     help="Plug-in: samples to train data.",
     process="manager",
+    pure=True,
 )
 class CustomConvertSamplesToTrainData(Protocol):
     """Columns with one entry per sample: `tokens`, `response_lengths`, `loss_masks`, `rewards`, and optional ones."""
@@ -359,6 +372,7 @@ class CustomEvalRolloutLogFunction(Protocol):
     ),
     methods=("get_samples", "add_samples", "save", "load"),
     default_factory=lambda: "miles.rollout.data_source.RolloutDataSourceWithBuffer",
+    replay="It lives as long as the run; `miles train --debug-rollout-only --num-rollout 1` tries it out.",
 )
 class DataSourceClass(Protocol):
     """An object with `get_samples(n)` -> n groups, `add_samples(groups)` (also `[]`), `save(rollout_id)` and
@@ -385,6 +399,7 @@ class DataSourceClass(Protocol):
             target="class",
         ),
     ),
+    replay="It handles the requests of a router that is running.",
 )
 class MilesRouterMiddleware(Protocol):
     """An ASGI middleware class, usually a `starlette.middleware.base.BaseHTTPMiddleware` with `async dispatch`."""
@@ -410,6 +425,7 @@ class MilesRouterMiddleware(Protocol):
     ),
     awaited=True,
     retries=True,
+    replay="It talks to the session server of a run.",
 )
 class CustomAgentFunction(Protocol):
     """Talks to `base_url` as to an OpenAI server; the conversation is recorded there and becomes the sample."""
@@ -430,6 +446,8 @@ class CustomAgentFunction(Protocol):
     help="Plug-in: list of OpenAI tool specifications for multi_turn.",
     process="manager",
     forms=(Form("list", "() -> list[dict[str, Any]]", "a list", target="value"),),
+    pure=True,
+    replay="It is a list, which nothing calls.",
 )
 class GenerateToolSpecs(Protocol):
     """The list itself, one OpenAI tool specification per tool."""

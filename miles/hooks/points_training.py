@@ -36,8 +36,24 @@ if TYPE_CHECKING:
             "two positional arguments",
             tells=(Tell(1, names=("rollout_data", "samples", "data", "batch")),),
         ),
+        Form(
+            "groups",
+            "(args: Namespace, samples: list[list[Sample]]) -> None",
+            "the second parameter is annotated list[list[Sample]]; its samples' loss_mask, remove_sample and metadata"
+            " write back",
+            tells=(Tell(1, annotations=("list[list[Sample]]", "list[Group]", "Sequence[list[Sample]]")),),
+            needs_tell=True,
+        ),
+        Form(
+            "samples",
+            "(args: Namespace, samples: list[Sample]) -> None",
+            "the second parameter is annotated list[Sample]; the same samples in one flat list",
+            tells=(Tell(1, annotations=("list[Sample]", "Sequence[Sample]", "Group")),),
+            needs_tell=True,
+        ),
         Form("args", "(args: Namespace) -> None", "one positional argument"),
     ),
+    pure=True,
 )
 class RolloutDataPostprocess(Protocol):
     """May change the columns of `rollout_data` in place; the return value is ignored."""
@@ -68,6 +84,7 @@ class RolloutDataPostprocess(Protocol):
             tells=(Tell(1, names=("batch",)), Tell(2, names=("logits",))),
         ),
     ),
+    pure=True,
 )
 class CustomLossFunction(Protocol):
     """`(loss, metrics)`: a scalar with gradient and a dict of scalars, both sums over samples of per-sample means.
@@ -111,6 +128,7 @@ _TIS_RETURNS = " -> tuple[torch.Tensor, list[torch.Tensor], dict[str, torch.Tens
             "all arguments by keyword, without parallel_state",
         ),
     ),
+    pure=True,
 )
 class CustomTisFunction(Protocol):
     """`(pg_loss, masks, metrics)`: the new flat per-token loss, the full response masks, flat per-token metrics.
@@ -137,6 +155,7 @@ class CustomTisFunction(Protocol):
     when="Once per micro-batch inside the policy loss, after importance sampling.",
     help="Plug-in: makes the reducer of pg_loss.",
     process="trainer",
+    pure=True,
 )
 class CustomPgLossReducerFunction(Protocol):
     """A function from the flat per-token loss to a scalar, a sum over samples; other metrics keep the default one."""
@@ -153,6 +172,7 @@ class CustomPgLossReducerFunction(Protocol):
 # ---- 17, 20: Megatron ---------------------------------------------------------------------------------------------
 
 _MEGATRON = ("megatron",)
+_LIVE_MODEL = "It works on the live model of a Megatron trainer."
 
 
 @plug_point(
@@ -161,6 +181,7 @@ _MEGATRON = ("megatron",)
     help="Plug-in: end of Megatron init.",
     process="trainer",
     backends=_MEGATRON,
+    replay=_LIVE_MODEL,
 )
 class CustomMegatronInit(Protocol):
     """Runs after model-parallel groups, seeds and tokenizer are set, before the model is built."""
@@ -174,6 +195,7 @@ class CustomMegatronInit(Protocol):
     help="Plug-in: before every forward-only pass.",
     process="trainer",
     backends=_MEGATRON,
+    replay=_LIVE_MODEL,
 )
 class CustomMegatronBeforeLogProbHook(Protocol):
     """`model` is the list of model chunks; `store_prefix` is "ref_" in the reference pass, else ""."""
@@ -187,6 +209,7 @@ class CustomMegatronBeforeLogProbHook(Protocol):
     help="Plug-in: before every optimizer step.",
     process="trainer",
     backends=_MEGATRON,
+    replay=_LIVE_MODEL,
 )
 class CustomMegatronBeforeTrainStepHook(Protocol):
     """`step_id` restarts at 0 in each rollout. Actor and critic differ in `model[0].role`."""
@@ -209,6 +232,7 @@ class CustomMegatronBeforeTrainStepHook(Protocol):
     process="trainer",
     tolerates=(("drop", "the call is skipped"),),
     retries=True,
+    replay="It acts on a checkpoint, and on what is outside of the run.",
 )
 class CustomMegatronPostSaveHook(Protocol):
     """`hf_checkpoint_dir` is None where no Hugging Face folder was written."""
@@ -232,6 +256,7 @@ class CustomMegatronPostSaveHook(Protocol):
             also=("vp_stage",),
         ),
     ),
+    replay=_LIVE_MODEL,
 )
 class CustomModelProvider(Protocol):
     """A module that behaves like Megatron-Core's GPTModel."""

@@ -1,6 +1,7 @@
 """Threads for synchronous plug-ins of awaited plug points.
 
-Unlike `concurrent.futures`, the threads are daemons: a plug-in that never returns cannot keep the run from ending.
+Unlike `concurrent.futures`, the threads are daemons: a plug-in that never returns cannot keep the run from ending. A
+call whose caller has given up (time limit, cancellation) is interrupted, and its thread is not used again.
 
     event loop ── job ──► queue ──► thread: fn(*args)
         ▲                                │
@@ -16,8 +17,12 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
+from miles.hooks.limits import Interrupted, interrupt, stack_of
+
+THREAD_NAME = "miles-plugin"
 # Enough to overlap rewards that wait (subprocesses, HTTP), few enough not to crowd out the engine on a small machine.
 MAX_THREADS = min(32, (os.cpu_count() or 1) + 4)
 
@@ -27,11 +32,14 @@ class _Job:
     call: Callable[[], Any]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
-    started: bool = False
+    # The thread that has taken it; None before.
+    thread_id: int | None = None
+    done: bool = False
+    given_up: bool = False
 
 
 class Threads:
-    """A bounded pool. A thread whose caller has given up (timeout, cancellation) does not count against the bound."""
+    """A bounded pool. A thread whose caller has given up is replaced and does not count against the bound."""
 
     def __init__(self, max_threads: int = MAX_THREADS) -> None:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
@@ -53,29 +61,47 @@ class Threads:
             self._jobs.put(job)
         try:
             return await job.future
-        except asyncio.CancelledError:
-            with self._lock:
-                if job.started:
-                    self._start()  # in place of the one that may never come back; one ends when that one does
-            raise
+        except asyncio.CancelledError as error:
+            raise error.with_traceback(self._give_up(job) or error.__traceback__) from None
+
+    def _give_up(self, job: _Job) -> TracebackType | None:
+        """Interrupt a job that is running and replace its thread; where the job was at that moment."""
+        with self._lock:
+            if job.thread_id is None or job.done:
+                return None
+            job.given_up = True
+            self._threads -= 1
+            self._start()
+            stack = stack_of(job.thread_id)
+            interrupt(job.thread_id)
+            return stack
 
     def _start(self) -> None:
         self._threads += 1
-        threading.Thread(target=self._work, name=f"miles-plugin-{self._threads}", daemon=True).start()
+        threading.Thread(target=self._work, name=f"{THREAD_NAME}-{self._threads}", daemon=True).start()
 
     def _work(self) -> None:
-        while True:
-            job = self._jobs.get()
+        try:
+            while self._one(self._jobs.get()):
+                pass
+        except Interrupted:  # was on its way when the job ended by itself
+            return
+
+    def _one(self, job: _Job) -> bool:
+        """Run a job, unless nobody wants it any more; whether the thread may take another one."""
+        with self._lock:
+            job.thread_id = None if job.future.cancelled() else threading.get_ident()
+        if job.thread_id is not None:
+            value, error = _outcome(job.call)
             with self._lock:
-                job.started = not job.future.cancelled()
-            if job.started:
-                _finish(job, *_outcome(job.call))
-            with self._lock:
-                if self._threads > self._limit:
-                    self._threads -= 1
-                    return
-                if self._jobs.empty():
-                    self._idle += 1
+                job.done = True
+            if job.given_up:
+                return False
+            _finish(job, value, error)
+        with self._lock:
+            if self._jobs.empty():
+                self._idle += 1
+        return True
 
 
 def _outcome(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:

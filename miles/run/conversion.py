@@ -1,25 +1,46 @@
 """Flat samples to one train batch, through the plug points of that step.
 
 A custom conversion replaces everything; otherwise rewards are post-processed (plug-in or default) and the default
-conversion follows. Samples whose score failed are shown to no plug-in; the default conversion keeps their places with
-an empty loss mask, so that a failed score never costs its neighbours their training.
+conversion follows. Samples whose score failed are shown to no plug-in; they keep their places in the batch with
+an empty loss mask, so that a failed score never costs its neighbours their training. Under the policy `drop` the place
+does not count in the mean over an optimizer step.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
 
-from miles.batch import TrainBatch, default_rewards, from_published_dict, plugin_rewards, to_train_batch
+import numpy as np
+
+from miles.batch import (
+    TrainBatch,
+    default_rewards,
+    from_published_dict,
+    plugin_rewards,
+    to_train_batch,
+    with_failed_rows,
+)
 from miles.config import RunConfig
 from miles.hooks import Hooks
-from miles.types import Sample, is_failed
+from miles.types import Sample, is_dropped, is_failed
 
 
 def convert(config: RunConfig, args: Namespace, hooks: Hooks, samples: list[Sample]) -> TrainBatch:
     """`samples` fill whole optimizer steps."""
+    batch = _converted(config, args, hooks, samples)
+    dropped = [is_dropped(s) for s in samples if is_failed(s)]
+    if any(dropped):
+        batch.dropped = np.zeros(len(batch), dtype=np.bool_)
+        batch.dropped[batch.failed] = dropped
+    return batch
+
+
+def _converted(config: RunConfig, args: Namespace, hooks: Hooks, samples: list[Sample]) -> TrainBatch:
     custom = hooks.custom_convert_samples_to_train_data
     if custom is not None:
-        return from_published_dict(custom(args, [s for s in samples if not is_failed(s)]))
+        failed = [is_failed(s) for s in samples]
+        shown = [s for s, bad in zip(samples, failed) if not bad]
+        return with_failed_rows(from_published_dict(custom(args, shown)), failed)
     post_process = hooks.custom_reward_post_process
     if post_process is not None:
         raw, rewards = plugin_rewards(samples, lambda scored: post_process(args, scored))

@@ -19,8 +19,9 @@ import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,14 +31,17 @@ from miles.engine.client import EngineClient, LocalEngineClient
 from miles.engine.embedded.engine import EmbeddedEngine, end_of_sequence_ids, in_passing_thread
 from miles.engine.embedded.model import load_config
 from miles.hooks import Hooks
+from miles.hooks.watchdog import Watchdog
 from miles.observe.display import Display
 from miles.observe.files import disk_errors, temporary_name
 from miles.observe.logging import configure_logger
 from miles.observe.record import RunRecord
 from miles.observe.summary import RunClock
+from miles.observe.timers import timer
 from miles.observe.tracking import Tracker
 from miles.observe.tracking import install as install_tracker
 from miles.rollout import context
+from miles.rollout.loop_thread import get_async_loop
 from miles.rollout.singleton import SingletonMeta
 from miles.rollout.tokenizer import load_tokenizer
 from miles.run import host, resume, serve
@@ -89,7 +93,7 @@ class Run:
             seed=self.config.run.seed,
         )
         folder = Path(checkpoint.save)
-        with disk_errors(folder / f"iter_{meta.iteration:07d}", "--save"):
+        with timer("save_model"), disk_errors(folder / f"iter_{meta.iteration:07d}", "--save"):
             resume.write(
                 folder,
                 meta,
@@ -143,6 +147,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     record.write_config(as_yaml(config), resolved(config, args))
     record.write_versions(hooks.sources())
     hooks.set_bundle_dir(record.path / "failures")
+    told, config = config, anchored(config, args)
     tracker = stack.enter_context(Tracker.open(config.tracking, record, config=vars(args)))
     install_tracker(tracker)
     stack.callback(install_tracker, None)
@@ -195,14 +200,38 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     display = stack.enter_context(
         Display(num_rollout, config.run.progress, done=start_rollout_id, quiet=config.run.quiet)
     )
-    watch = Watch(config, hooks, record, display, clock, num_rollout)
+    watch = Watch(told, args, hooks, tracker, record, display, clock, num_rollout)
     watch.recall()
+    loop_thread = get_async_loop()
+    loops = [(loop_thread.loop, loop_thread.thread_id)]
+    stack.enter_context(Watchdog(hooks, loops, on_stuck=watch.stuck))
     host.forget_imports()
     crowded = host.crowding(torch.get_num_threads(), len(os.sched_getaffinity(0)), neighbours.others())
     if crowded is not None:
         display.notice(crowded)
-    _announce(config, record, display, checkpoint, start_rollout_id, num_rollout)
+    _announce(told, record, display, checkpoint, start_rollout_id, num_rollout)
     return Run(config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch)
+
+
+def anchored(config: RunConfig, args: Namespace) -> RunConfig:
+    """The same run with the paths that it still needs later from the root, here and in `args`: a plug-in that changes
+    the working directory moves no file of the run."""
+    names = {
+        "rollout": ("hf_checkpoint",),
+        "checkpoint": ("save", "load", "save_hf"),
+        "debug": ("save_debug_rollout_data", "load_debug_rollout_data", "save_debug_train_data"),
+    }
+    changed: dict[str, Any] = {}
+    for section, fields in names.items():
+        given = {name: getattr(config.section(section), name) for name in fields}
+        paths = {
+            name: os.path.abspath(path)
+            for name, path in given.items()
+            if path is not None and (name != "hf_checkpoint" or os.path.exists(path))
+        }
+        changed[section] = replace(config.section(section), **paths)  # type: ignore[type-var]
+        vars(args).update(paths)
+    return replace(config, **changed)
 
 
 def _prepare_process(config: RunConfig, stack: ExitStack) -> None:
@@ -217,7 +246,8 @@ def _prepare_process(config: RunConfig, stack: ExitStack) -> None:
 def _open_record(config: RunConfig, *, resuming: bool) -> RunRecord:
     """A run that resumes continues its record; any other reads nothing from --load, which may lie inside it."""
     read = (config.rollout.hf_checkpoint, config.data.prompt_data, config.debug.load_debug_rollout_data)
-    return RunRecord(str(config.run.run_dir), resume=resuming, inputs=[path for path in read if path is not None])
+    folder = os.path.abspath(str(config.run.run_dir))
+    return RunRecord(folder, resume=resuming, inputs=[path for path in read if path is not None])
 
 
 def _start_engine(

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from miles.batch import TrainBatch, TrimmedRollout, flatten_groups, split_batch, trim_rollout
+from miles.batch import TrainBatch, TrimmedRollout, check_samples, flatten_groups, split_batch, trim_rollout
 from miles.config import RunConfig
 from miles.config.model_folder import facts_of
 from miles.engine.client import EngineClient
@@ -144,7 +144,8 @@ class RolloutManager:
         output = self._samples(rollout_id)
         seconds = time.perf_counter() - begin
         flat = flatten_groups(output.samples)
-        with self._rejecting("rollout_function", "custom_generate_function"):
+        with self._rejecting("rollout_function", "rollout_sample_filter", "custom_generate_function"):
+            check_samples(flat)
             trimmed = self._trim(flat)
         samples = trimmed.samples
         if self.config.debug.save_debug_rollout_data:
@@ -227,10 +228,12 @@ class RolloutManager:
             reward_key=self.config.reward.reward_key,
             category_key=self.config.tracking.log_reward_category,
             with_zero_std=not self.config.algorithm.use_critic,
+            with_pass_rate=self.config.tracking.log_passrate,
             extra=extra,
         )
+        if self.config.tracking.log_multi_turn:
+            logged |= M.multi_turn_metrics(samples, self.config.rollout.rollout_max_response_len)
         logged |= M.perf_metrics(samples, seconds, self.args.rollout_num_gpus)
-        logged |= self.hooks.stats()
         logged["rollout/step"] = M.compute_rollout_step(self.args, rollout_id)
         self.tracker.log(logged, step_key="rollout/step")
         return logged
@@ -261,7 +264,8 @@ class RolloutManager:
             category_key=self.config.tracking.log_reward_category,
             extra=output.metrics,
         )
-        if hook is None or not hook(rollout_id, self.args, output.data, output.metrics):
+        shown = {name: dict(entry) for name, entry in output.data.items()}
+        if hook is None or not hook(rollout_id, self.args, shown, output.metrics):
             step = M.compute_rollout_step(self.args, rollout_id)
             self.tracker.log({**logged, "eval/step": step}, step_key="eval/step")
         for name, entry in output.data.items():

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from miles.config import parse
 from miles.errors import RunStopped
 from miles.hooks import bind
+from miles.hooks.source import shown
 from miles.run.periodic import should_run_periodic_action
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Driver:
         if due:
             await self._evaluate(start)
         if self.stop.requested:
-            last = f" The last checkpoint in {self.config.checkpoint.load} is intact." if start > 0 else ""
+            last = f" The last checkpoint in {shown(str(self.config.checkpoint.load))} is intact." if start > 0 else ""
             raise RunStopped(f"stopped before rollout {start}; nothing had to be saved yet.{last}")
 
     async def _evaluate(self, done: int) -> None:
@@ -166,7 +167,7 @@ class Driver:
             raise RunStopped(f"stopped after rollout {rollout_id}. {NOTHING_SAVED}")
         if not saved:
             await self._save(rollout_id, served=True)
-        save = self.config.checkpoint.save
+        save = shown(str(self.config.checkpoint.save))
         raise RunStopped(
             f"stopped after rollout {rollout_id}; everything is saved in {save}. Resume with the same command and "
             f"--load {save}"
@@ -221,7 +222,8 @@ class StopRequest:
 
     def _stop_at_once(self) -> NoReturn:
         self.run.close_display()
-        where = f" The last checkpoint in {self.run.config.checkpoint.save} is intact." if self.can_save else ""
+        save = shown(str(self.run.config.checkpoint.save))
+        where = f" The last checkpoint in {save} is intact." if self.can_save else ""
         print(f"\nmiles: stopped at once; the rollout in progress is lost.{where}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(RunStopped.exit_status)

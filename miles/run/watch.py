@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from miles.config import RunConfig
 from miles.hooks import Hooks
 from miles.observe.display import Display
 from miles.observe.lock import LOCK_NAME
 from miles.observe.metric_checker import MetricChecker
-from miles.observe.metrics import reward_value
+from miles.observe.metrics import compute_rollout_step, reward_value
 from miles.observe.plots import save_reward_png
 from miles.observe.record import RunRecord, read_metrics, read_summary
 from miles.observe.summary import RunClock, build_summary
+from miles.observe.tracking import Tracker
+from miles.run import resume
 from miles.run.manager import EvalReport, RolloutReport
 from miles.trainer.actor import TrainReport
 from miles.types import Sample
+
+# How long display and record may take to close once a run has to end at once.
+STUCK_GRACE_S = 5.0
+# A plug-in is worth a line at the end of a run when its calls took this share of it, and this many seconds.
+SLOW_SHARE = 0.1
+SLOW_S = 1.0
 
 
 class Watch:
     """Told by the driver what happened, in order."""
 
     def __init__(
-        self, config: RunConfig, hooks: Hooks, record: RunRecord, display: Display, clock: RunClock, total: int
+        self,
+        config: RunConfig,
+        args: Namespace,
+        hooks: Hooks,
+        tracker: Tracker,
+        record: RunRecord,
+        display: Display,
+        clock: RunClock,
+        total: int,
     ) -> None:
-        self.config, self.hooks, self.record, self.display, self.clock = config, hooks, record, display, clock
-        self.total = total
+        self.config, self.args, self.hooks, self.tracker = config, args, hooks, tracker
+        self.record, self.display, self.clock, self.total = record, display, clock, total
         ci = config.ci
         self.checker = (
             MetricChecker(ci.ci_metric_checker_key, ci.ci_metric_checker_threshold)
@@ -61,11 +82,31 @@ class Watch:
     def notice(self, text: str) -> None:
         self.display.notice(text)
 
+    def stuck(self, card: str) -> NoReturn:
+        """A plug-in call that nothing can end, told in `card`: ends the process, from whichever thread this is."""
+        at_last = threading.Timer(STUCK_GRACE_S, os._exit, (1,))  # another thread may hold the display's lock
+        at_last.daemon = True
+        at_last.start()
+        print(f"\nmiles: {card}\n  resume    {self._how_to_resume()}", file=sys.stderr, flush=True)
+        self.display.close()
+        self.record.flush()
+        os._exit(1)
+
+    def _how_to_resume(self) -> str:
+        save = self.config.checkpoint.save
+        if save is None:
+            return "nothing was saved, because --save is not given"
+        if resume.find(save, save) is None:
+            return f"{save} holds no checkpoint yet"
+        return f"the same command with --load {save} goes on from the last checkpoint"
+
     # ---- rollouts ------------------------------------------------------------------------------------------------
 
     def rollout_done(self, report: RolloutReport, trained: TrainReport | None, seconds: float) -> None:
         """One rollout from its first prompt to the new weights, in `seconds`."""
         self.clock.weights_updated()
+        step = compute_rollout_step(self.args, report.rollout_id)
+        self.tracker.log({**self.hooks.rollout_stats(), "rollout/step": step}, step_key="rollout/step")
         if report.mean_reward is not None:
             self.rewards.append((report.rollout_id, report.mean_reward))
         extra: dict[str, Any] = {}
@@ -105,8 +146,24 @@ class Watch:
             save_reward_png(self.record.path / "reward.png", steps, rewards, evals=self.evals)
         names = [p.name + "/" * p.is_dir() for p in self.record.path.iterdir() if p.name != LOCK_NAME]
         self.display.notice(f"everything is in {self.config.run.run_dir}: {', '.join(sorted(names))}")
+        for line in self._slow_plug_ins():
+            self.display.notice(line)
         if self.checker is not None:
             self.checker.verdict()
+
+    def _slow_plug_ins(self) -> Iterator[str]:
+        """Example: `custom-rm my.rewards.grade: 640 calls took 41.0 s together (p50 0.052 s, p95 0.21 s, longest
+        1.7 s); the rollouts took 30.2 s`"""
+        wall_s = self.clock.wall_s or 0.0
+        for hook in self.hooks:
+            counts = hook.stats.run
+            if hook.is_built_in or hook.point.may_be_async or counts.total_s < max(SLOW_S, SLOW_SHARE * wall_s):
+                continue
+            yield (
+                f"{hook.point.key} {hook.path}: {counts.calls} calls took {counts.total_s:.1f} s together (p50 "
+                f"{counts.percentile(0.5):.2g} s, p95 {counts.percentile(0.95):.2g} s, longest {counts.max_s:.2g} s); "
+                f"the rollouts took {wall_s:.1f} s"
+            )
 
     def _summary(self) -> dict[str, Any]:
         return build_summary(

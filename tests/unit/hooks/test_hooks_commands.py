@@ -16,7 +16,7 @@ import pytest
 import miles
 from miles.errors import HookReport, UsageError
 from miles.hooks import CATALOG
-from miles.hooks.check import check_main, list_main
+from miles.hooks.check import bound_main, list_main
 from miles.hooks.new import new_main
 from miles.hooks.replay import replay_main
 
@@ -39,7 +39,7 @@ def plugin(tmp_path: Path) -> str:
 
 def test_check_prints_what_was_bound(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = Namespace(custom_rm_path=f"{plugin}:grade", custom_megatron_init_path=f"{plugin}:init", train_backend="fsdp")
-    assert check_main(config(hook_policy={"custom-rm": "drop"}), args) == 0
+    assert bound_main(config(hook_policy={"custom-rm": "drop"}), args) == 0
     shown = capsys.readouterr().out
     assert "note: 8 GPUs are not here: 1 CPU" in shown
     row = next(line for line in shown.splitlines() if line.startswith("--custom-rm-path"))
@@ -58,13 +58,13 @@ def test_check_prints_what_was_bound(plugin: str, capsys: pytest.CaptureFixture[
 
 
 def test_check_shows_an_object_of_a_class(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert check_main(config(), Namespace(custom_rm_path=f"{plugin}:Judge")) == 0
+    assert bound_main(config(), Namespace(custom_rm_path=f"{plugin}:Judge")) == 0
     assert "sample-or-samples (object of the class)" in capsys.readouterr().out
 
 
 def test_check_of_a_broken_one(plugin: str) -> None:
     with pytest.raises(HookReport, match="did you mean"):
-        check_main(config(), Namespace(custom_rm_path=f"{plugin}:grad"))
+        bound_main(config(), Namespace(custom_rm_path=f"{plugin}:grad"))
 
 
 def test_hooks_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:

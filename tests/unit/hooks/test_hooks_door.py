@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,21 +128,7 @@ def test_what_an_engine_says_is_told_as_it_is_where_no_plug_in_asked(
         hook.run(built, RolloutFnTrainInput(0), lambda coroutine: None)
 
 
-# ---- time ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_call_that_cannot_be_interrupted_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    async def blocks(args: Namespace, sample: Sample) -> float:
-        time.sleep(0.02)
-        return 1.0
-
-    hook = hooks_of("custom_rm", blocks, timeout_s=0.005).custom_rm
-    assert hook is not None
-    with caplog.at_level(logging.WARNING, logger="miles.hooks"):
-        for _ in range(3):
-            assert asyncio.run(hook.call_async(ARGS, Sample())) == 1.0
-    (told,) = caplog.messages
-    assert "cannot be interrupted after --hook-timeout-s 0.005" in told and "Write `def`" in told
+# ---- cards -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_exception_without_a_text() -> None:
@@ -158,3 +143,89 @@ def test_an_exception_without_a_text() -> None:
     assert hook is not None
     with pytest.raises(HookError, match=r"Unspeakable: \(str of it raised RuntimeError\)"):
         asyncio.run(hook.call_async(ARGS, Sample()))
+
+
+def card_of(reward: Callable[..., Any], **settings: Any) -> str:
+    hook = hooks_of("custom_rm", reward, **settings).custom_rm
+    assert hook is not None
+    with pytest.raises(HookError) as caught:
+        asyncio.run(hook.call_async(ARGS, Sample(index=4)))
+    return str(caught.value)
+
+
+def line_of(text: str) -> int:
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    return next(i for i, line in enumerate(lines, 1) if line.endswith(text))
+
+
+async def fails_later() -> None:
+    await asyncio.sleep(0)
+    raise ValueError("from a task")  # of a task
+
+
+async def awaits_its_task(args: Namespace, sample: Sample) -> float:
+    await asyncio.create_task(fails_later())
+    return 1.0
+
+
+async def uses_a_task_group(args: Namespace, sample: Sample) -> float:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fails_later())
+    return 1.0
+
+
+async def uses_an_executor(args: Namespace, sample: Sample) -> float:
+    return float(await asyncio.get_running_loop().run_in_executor(None, float, sample.label))  # in an executor
+
+
+def recurses(args: Namespace, sample: Sample) -> float:
+    return recurses(args, sample)  # again and again
+
+
+async def imports_late(args: Namespace, sample: Sample) -> float:
+    return float(eval("1 +"))  # a syntax error of its own
+
+
+@pytest.mark.parametrize(
+    ("reward", "line", "says"),
+    [
+        (awaits_its_task, "# of a task", "ValueError: from a task"),
+        (uses_a_task_group, "# of a task", "in a TaskGroup (1 sub-exception)\n    ValueError: from a task"),
+        (uses_an_executor, "# in an executor", "TypeError: float() argument must be"),
+        (recurses, "# again and again", "RecursionError: maximum recursion depth exceeded"),
+        (imports_late, "# a syntax error of its own", "SyntaxError: invalid syntax"),
+    ],
+    ids=lambda v: v.__name__ if callable(v) else "",
+)
+def test_the_card_names_the_users_line_wherever_it_failed(reward: Any, line: str, says: str) -> None:
+    card = card_of(reward)
+    assert card.startswith("--custom-rm-path test:it failed at ")
+    assert f"test_hooks_door.py:{line_of(line)}\n" in card and says in card
+
+
+def test_a_huge_message_is_cut_in_the_middle() -> None:
+    async def raises(args: Namespace, sample: Sample) -> float:
+        raise ValueError("beginning" + "x" * 100_000 + "end")
+
+    card = card_of(raises)
+    assert len(card) < 4000 and "ValueError: beginning" in card and "xend\n" in card and "98" in card
+
+
+def test_a_time_limit_names_the_line_that_waited() -> None:
+    async def waits(args: Namespace, sample: Sample) -> float:
+        await asyncio.sleep(60)  # for ever
+        return 1.0
+
+    card = card_of(waits, timeout_s=0.02)
+    assert f"test_hooks_door.py:{line_of('# for ever')}\n" in card
+    assert "took longer than 0.02 s (--hook-timeout-s)" in card
+
+
+def test_a_limit_of_0_is_none() -> None:
+    async def slow(args: Namespace, sample: Sample) -> float:
+        await asyncio.sleep(0.01)
+        return 1.0
+
+    hook = hooks_of("custom_rm", slow, timeout_s=0.0).custom_rm
+    assert hook is not None and hook.timeout_s is None
+    assert asyncio.run(hook.call_async(ARGS, Sample())) == 1.0
