@@ -2,7 +2,7 @@
 # make test          set up .venv and run the tests       make test K=hooks   only those whose name matches
 # make check         ruff and the strict type checker
 # make bench         the benchmarks of the documentation, with ratios
-# make base          train the quickstart's base model anew
+# make base          train the base models of the examples anew
 
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
@@ -31,6 +31,7 @@ bench: $(INSTALLED)
 
 base: $(INSTALLED)
 	$(BIN)/python examples/quickstart/make_base.py
+	$(BIN)/python examples/tiny_tools/make_base.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
