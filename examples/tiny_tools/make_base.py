@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, `examples` is not importable yet
 
+from examples import base_models  # noqa: E402
 from examples.tiny_tools import lessons, make_tokenizer  # noqa: E402
 from miles.run.train import main as miles_train  # noqa: E402
 
@@ -44,35 +45,21 @@ def make_base(out: Path, work: Path, num_steps: int = NUM_STEPS, seed: int = SEE
     )
     if status != 0:
         sys.exit(status)
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(run_dir / "model", out)
+    base_models.put_in_place(run_dir / "model", out)
     make_tokenizer.save(out)
-    for file in out.iterdir():
-        file.chmod(0o644)  # weights are written for their owner alone
 
 
 def write_random_model(folder: Path, seed: int) -> None:
-    """A Qwen3 of 822,656 parameters in bfloat16, with its tokenizer."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=len(make_tokenizer.VOCAB),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=384,
-        max_position_embeddings=make_tokenizer.MAX_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=make_tokenizer.VOCAB.index("<|end|>"),
-        pad_token_id=make_tokenizer.VOCAB.index("<|pad|>"),
+    """822,656 parameters, with their tokenizer."""
+    base_models.write_random_model(
+        folder,
+        vocab=make_tokenizer.VOCAB,
+        eos="<|end|>",
+        pad="<|pad|>",
+        num_layers=4,
+        max_length=make_tokenizer.MAX_LENGTH,
+        seed=seed,
     )
-    torch.manual_seed(seed)
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer.save(folder)
 
 

@@ -6,11 +6,12 @@ are exact inverses on any text in UTF-8.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from examples.base_models import save_tokenizer
 
 CONTROL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
 # Text of its own, not control: it must survive decoding with skip_special_tokens.
@@ -78,9 +79,5 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save(folder: Path) -> None:
-    """Write the tokenizer's files under a class name that every version of transformers knows."""
-    tokenizer().save_pretrained(str(folder))
-    config = folder / "tokenizer_config.json"
-    settings = json.loads(config.read_text())
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.write_text(json.dumps(settings, indent=2) + "\n")
+    """Write the tokenizer's files to `folder`."""
+    save_tokenizer(tokenizer(), folder)
