@@ -1,6 +1,6 @@
 """The command line. Parses first and imports heavy things after: `--help`, `hooks` and `check` never load torch.
 
-miles train    train; also `python train.py`           miles new      write a plug-in skeleton with its test
+miles train    train; also `python train.py`           miles new      write a plug-in that works, and its test
 miles check    load and try every plug-in, no run      miles replay   a plug-in on a recorded rollout
 miles hooks    the plug points and their signatures    miles serve    the embedded engine as a server
 """
@@ -21,7 +21,7 @@ COMMANDS = {
     "train": ("miles.run.train", "main", "train a model (miles train --help)"),
     "check": ("miles.run.check", "main", "load, bind and try every plug-in of a run, without starting it"),
     "hooks": ("miles.run.check", "hooks_main", "list the plug points, or the forms that plug-ins were bound as"),
-    "new": ("miles.hooks.new", "new_main", "write a plug-in skeleton and a passing test for it"),
+    "new": ("miles.hooks.new", "new_main", "write a plug-in that works and a passing test for it"),
     "replay": ("miles.trial.replay", "main", "run a plug-in on a recorded rollout, or a failed call again"),
     "serve": ("miles.engine.embedded.server", "main", "serve a model over SGLang's HTTP API"),
 }

@@ -304,6 +304,22 @@ def multi_turn(draft: Draft) -> None:
         raise FlagError("--partial-rollout", given=f"{path} cannot go on with a conversation that was cut short.")
 
 
+BUILT_IN_ROLLOUTS = (
+    "miles.rollout.sglang_rollout.generate_rollout",
+    "miles.rollout.inference_rollout.inference_rollout_common.InferenceRolloutFn",
+)
+
+
+def prompts_of_the_rollout(draft: Draft) -> None:
+    """Without the global data set only a rollout function of one's own knows where prompts come from."""
+    if not draft["rollout_global_dataset"] and draft["rollout_function_path"] in BUILT_IN_ROLLOUTS:
+        raise FlagError(
+            "--disable-rollout-global-dataset",
+            given="needs a rollout function of your own (--rollout-function-path).",
+            remedy="A data source of your own (--data-source-path) works with the built-in one without this flag.",
+        )
+
+
 def partial_rollout(draft: Draft) -> None:
     if draft["mask_offpolicy_in_partial_rollout"] and not draft["partial_rollout"]:
         draft.notices.append("--mask-offpolicy-in-partial-rollout: no meaning here, there is no --partial-rollout.")
@@ -389,6 +405,7 @@ EFFECTS: list[Rule] = [
     trimming,
     group_of_one,
     over_sampling,
+    prompts_of_the_rollout,
     multi_turn,
     partial_rollout,
     log_prob_tokens,

@@ -28,8 +28,9 @@ from miles.errors import EngineError
 from miles.hooks.adapt import is_async
 from miles.hooks.adapted import Adapted
 from miles.hooks.adapters import rollout_output
+from miles.hooks.blame import innermost
 from miles.hooks.card import FailedCall, first_sample
-from miles.hooks.guard import Guard, innermost, passes
+from miles.hooks.guard import Guard, passes
 from miles.hooks.limits import Interrupted, TookTooLong, limited
 from miles.hooks.point import PlugPoint, Policy
 from miles.hooks.source import Source, is_built_in

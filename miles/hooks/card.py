@@ -16,15 +16,15 @@ import sysconfig
 import textwrap
 import traceback
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from miles.hooks.blame import innermost, message_of, place_of
 from miles.hooks.codec import Encoder
-from miles.hooks.limits import TookTooLong
 from miles.hooks.point import PlugPoint, Policy, allowed_policies
-from miles.hooks.source import Place, Source, own_place, shown
+from miles.hooks.source import Place, Source, shown
 from miles.hooks.values import BadReturn, safely
 from miles.types import Failure, GenerateFnInput, Sample
 
@@ -32,10 +32,6 @@ BUNDLE_FILE = "call.json"
 TRACEBACK_FILE = "traceback.txt"
 BUNDLE_VERSION = 1
 _MAX_TEXT = 160
-_MAX_MESSAGE = 2000
-# Of an exception group: levels, and errors of each, that a card tells.
-_MAX_DEPTH = 3
-_MAX_INNER = 5
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -72,18 +68,14 @@ class FailedCall:
             return str(self.error)
         if self.timeout_s is not None:
             return f"took longer than {self.timeout_s:g} s (--hook-timeout-s)"
-        return _shortened("\n".join(_messages(self.error)))
+        return message_of(self.error)
 
     @property
     def place(self) -> Place | None:
         """The user's line that failed, or where it was when its time was up; the definition where the return value is
         at fault."""
         if not isinstance(self.error, BadReturn):
-            chain = list(_inwards(self.error))
-            found = [own_place(e.__traceback__, self.source.file, only_users=True) for e in chain]
-            if self.timeout_s is None:
-                found += [own_place(e.__traceback__, self.source.file) for e in chain]
-            place = next((p for p in found if p is not None), None)
+            place = place_of(self.error, self.source.file, only_users=self.timeout_s is not None)
             if place is not None:
                 return place
         if self.source.file is None or self.source.line is None:
@@ -102,32 +94,6 @@ class FailedCall:
             bundle=bundle,
             dropped=self.policy.action == "drop",
         )
-
-
-def _messages(error: BaseException, depth: int = 0) -> Iterator[str]:
-    """`ValueError: no answer`; of an exception group also what it holds, indented."""
-    yield "  " * depth + f"{type(error).__name__}: {safely(str, error)}".rstrip(": ")
-    if isinstance(error, BaseExceptionGroup) and depth < _MAX_DEPTH:
-        for inner in error.exceptions[:_MAX_INNER]:
-            yield from _messages(inner, depth + 1)
-
-
-def _shortened(text: str) -> str:
-    """At most _MAX_MESSAGE characters: a whole response in a message must not bury the rest of the card."""
-    half = _MAX_MESSAGE // 2
-    if len(text) <= _MAX_MESSAGE:
-        return text
-    return f"{text[:half]}\n... ({len(text) - 2 * half} more characters) ...\n{text[-half:]}"
-
-
-def _inwards(error: BaseException) -> Iterator[BaseException]:
-    """What to look for the user's line in: of a group the first that it holds, of a time limit what it ended."""
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, BaseExceptionGroup):
-            yield from (e for inner in current.exceptions for e in _inwards(inner))
-        yield current
-        current = current.__cause__ if isinstance(current, (TookTooLong, TimeoutError)) else None
 
 
 def card(failed: FailedCall, bundle: str | None) -> str:
@@ -190,7 +156,7 @@ def hint_for(failed: FailedCall) -> str:
     if isinstance(error, BadReturn):
         return error.hint
     if failed.timeout_s is not None:
-        waited = any(isinstance(e, TimeoutError) for e in _inwards(error))
+        waited = innermost(error, TimeoutError) is not None
         return "a call that waits for a server needs a time limit of its own" if waited else ""
     if isinstance(error, KeyError) and sample is not None and isinstance(sample.metadata, dict):
         return f"metadata of this sample has {', '.join(map(repr, sample.metadata)) or 'no keys'}"

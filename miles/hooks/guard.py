@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from miles.errors import EngineError, ErrorBudgetExceeded, HookError, MilesError
+from miles.hooks.blame import innermost
 from miles.hooks.card import FailedCall, card, write_bundle
 from miles.hooks.limits import Interrupted
 from miles.hooks.stats import HookStats
@@ -116,16 +117,3 @@ def passes(error: BaseException) -> BaseException | None:
     if isinstance(error, MilesError):
         return None if isinstance(error, EngineError) else error
     return error if isinstance(error, (KeyboardInterrupt, GeneratorExit)) else None
-
-
-def innermost(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
-    """`error`, one of its causes or one inside of it (an ExceptionGroup) that is a `kind`; None without any."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, kind):
-            return error
-        if isinstance(error, BaseExceptionGroup):
-            return next((e for e in (innermost(e, kind) for e in error.exceptions) if e is not None), None)
-        error = error.__cause__
-    return None

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from miles.hooks.blame import message_of, place_of
 from miles.hooks.load import Reference, parse_path
 from miles.hooks.point import PlugPoint, signature_text
 from miles.hooks.source import own_place, shown, source_of
@@ -28,12 +29,9 @@ def problem(point: PlugPoint, path: object, found: str, *, expected: str = "", r
           expected  (args: Namespace, sample: Sample) -> float | dict[str, Any]
           remedy    did you mean my.rewards.grade?
     """
-    lines = [f"{point.flag} {path}", f"  found     {found}"]
-    if expected:
-        lines.append(f"  expected  {expected}")
-    if remedy:
-        lines.append(f"  remedy    {remedy}")
-    return "\n".join(lines)
+    said = (("found", found), ("expected", expected), ("remedy", remedy))
+    lines = [f"  {name:<10}{text.replace(chr(10), chr(10) + ' ' * 12)}" for name, text in said if text]
+    return "\n".join([f"{point.flag} {path}", *lines])
 
 
 def described(obj: Any, name: str) -> str:
@@ -51,7 +49,7 @@ def described(obj: Any, name: str) -> str:
 def expected_forms(point: PlugPoint) -> str:
     """All accepted signatures, one per line."""
     lines = [form_text(point, f.name) for f in point.forms]
-    return ("\n            or ").join(dict.fromkeys(lines))
+    return "\nor ".join(dict.fromkeys(lines))
 
 
 def form_text(point: PlugPoint, name: str) -> str:
@@ -93,10 +91,11 @@ def load_problem(point: PlugPoint, path: str, error: BaseException) -> str:
 
 
 def at_place(error: BaseException, plugin_file: str | None = None) -> str:
-    """`ZeroDivisionError: division by zero at my/rewards.py:3: x = 1 / 0`."""
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    place = own_place(error.__traceback__, plugin_file)
-    return text if place is None else f"{text} at {place}: {place.text}"
+    """`ZeroDivisionError: division by zero at my/rewards.py:3: x = 1 / 0`; a message of several lines stands alone."""
+    text, place = message_of(error), place_of(error, plugin_file)
+    if place is None:
+        return text
+    return f"{text}{chr(10) if chr(10) in text else ' '}at {place}: {place.text}"
 
 
 def _is_part(missing: str | None, module: str) -> bool:

@@ -1,7 +1,7 @@
 """The bodies of the plug-ins that `miles new` writes; signatures, docstrings and flags come from the catalogue.
 
 `body` is indented source below the signature (for classes and values: the whole definition). `test` is the body of a
-test that calls the plug-in through `hook`, its bound form; empty where a call needs a running engine or model.
+test that calls the plug-in through `hook`, its bound form; empty where a call needs a model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ class Skeleton:
     # Source above the definition, and whether the definition is `body` as a whole.
     constants: str = ""
     whole: bool = False
+    # Flags without which a run does not call it; None where no run calls it yet.
+    flags: str | None = ""
 
+
+_MULTI_TURN = (
+    "--custom-generate-function-path miles.rollout.generate_hub.multi_turn.generate --generate-tool-call-parser hermes"
+)
 
 _SAMPLES = """\
 samples = [Sample(index=i, response="4", tokens=[1, 2], response_length=1, reward=float(i)) for i in range(2)]
@@ -30,9 +36,17 @@ from miles.rollout.sglang_rollout import generate_rollout
 return generate_rollout(args, rollout_id, data_source, evaluation=evaluation)
 """
 
+_ROLLOUT_TEST = """\
+def built_in(args, rollout_id, data_source, evaluation):
+    return rollout_id, data_source, evaluation
+
+monkeypatch.setattr("miles.rollout.sglang_rollout.generate_rollout", built_in)
+assert hook.target(Namespace(), 3, "prompts", evaluation=True) == (3, "prompts", True)
+"""
+
 SKELETONS: dict[str, Skeleton] = {
-    "rollout_function": Skeleton("data-source", _BUILT_IN_ROLLOUT),
-    "eval_function": Skeleton("data-source", _BUILT_IN_ROLLOUT),
+    "rollout_function": Skeleton("data-source", _BUILT_IN_ROLLOUT, _ROLLOUT_TEST),
+    "eval_function": Skeleton("data-source", _BUILT_IN_ROLLOUT, _ROLLOUT_TEST),
     "custom_generate_function": Skeleton(
         "args-sample-params",
         """\
@@ -40,6 +54,16 @@ from miles.rollout.sglang_rollout import generate
 
 # The built-in single turn; change the prompt before, or add turns after it.
 return await generate(args, sample, sampling_params)
+""",
+        """\
+async def generate(args, sample, sampling_params):
+    sample.response = f"4 at {sampling_params['temperature']}"
+    return sample
+
+monkeypatch.setattr("miles.rollout.sglang_rollout.generate", generate)
+given = GenerateFnInput(Namespace(args=Namespace()), Sample(prompt="2+2="), {"temperature": 1.0}, evaluation=False)
+output = asyncio.run(hook.call_async(given))
+assert output.samples.response == "4 at 1.0"
 """,
     ),
     "custom_rm": Skeleton(
@@ -145,6 +169,7 @@ loss, metrics = hook(Namespace(rollout_temperature=1.0), None, batch, logits, to
 loss.backward()
 assert logits.grad is not None and torch.isfinite(loss) and "pg_loss" in metrics
 """,
+        flags="--loss-type custom_loss",
     ),
     "custom_tis_function": Skeleton(
         "parallel-state",
@@ -164,6 +189,7 @@ loss, masks, metrics = hook(
 )
 assert loss.tolist() == [1.0, 1.0, 1.0] and len(masks) == 1 and "tis" in metrics
 """,
+        flags="--use-tis",
     ),
     "custom_pg_loss_reducer_function": Skeleton(
         "published",
@@ -279,21 +305,26 @@ assert source.get_samples(1) == groups[:1]
 """,
         whole=True,
     ),
-    "custom_megatron_init": Skeleton("published", 'print("Megatron is initialised")\n', "hook(Namespace())\n"),
+    "custom_megatron_init": Skeleton(
+        "published", 'print("Megatron is initialised")\n', "hook(Namespace())\n", flags=None
+    ),
     "custom_megatron_before_log_prob_hook": Skeleton(
         "published",
         'print(f"log-probs of the {store_prefix or \'actor\'} pass, {len(model)} model chunks")\n',
         'hook(Namespace(), [], "ref_")\n',
+        flags=None,
     ),
     "custom_megatron_before_train_step_hook": Skeleton(
         "published",
         'print(f"rollout {rollout_id}, step {step_id}")\n',
         "hook(Namespace(), 0, 0, [], None, None)\n",
+        flags=None,
     ),
     "custom_megatron_post_save_hook": Skeleton(
         "published",
         'print(f"saved rollout {rollout_id} in {checkpoint_dir}")\n',
         'hook(Namespace(), 0, "ckpt", None)\n',
+        flags=None,
     ),
     "custom_model_provider": Skeleton(
         "published",
@@ -313,6 +344,7 @@ return GPTModel(
     post_process=post_process,
 )
 """,
+        flags=None,
     ),
     "miles_router_middleware": Skeleton(
         "class",
@@ -338,6 +370,7 @@ asyncio.run(middleware({"type": "http"}, None, None))
 assert middleware.requests == 1
 """,
         whole=True,
+        flags=None,
     ),
     "custom_agent_function": Skeleton(
         "published",
@@ -350,6 +383,21 @@ async with httpx.AsyncClient(timeout=None) as client:
     response = await client.post(f"{base_url}/v1/chat/completions", json=payload)
     response.raise_for_status()
 """,
+        """\
+import httpx
+
+seen = []
+
+def answer(request: httpx.Request) -> httpx.Response:
+    seen.append(str(request.url))
+    return httpx.Response(200, json={})
+
+client = httpx.AsyncClient
+monkeypatch.setattr(httpx, "AsyncClient", lambda **given: client(transport=httpx.MockTransport(answer), **given))
+asyncio.run(hook.call_async(base_url="http://here", prompt="2+2=", request_kwargs={}))
+assert seen == ["http://here/v1/chat/completions"]
+""",
+        flags=None,
     ),
     "generate_tool_specs": Skeleton(
         "list",
@@ -380,5 +428,6 @@ if name == "add":
 return f"unknown tool {name}"
 """,
         'assert asyncio.run(hook.call_async("add", {"a": 1, "b": 2})) == "3"\n',
+        flags=_MULTI_TURN,
     ),
 }

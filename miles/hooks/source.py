@@ -20,7 +20,8 @@ _LIBRARIES = tuple(
     {os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
 )
 _PACKAGE = os.path.realpath(os.path.dirname(miles.__file__)) + os.sep
-_MACHINERY = os.path.join(_PACKAGE, "hooks") + os.sep
+# What stands between a command and a plug-in, and is never what an error is about.
+_MACHINERY = tuple(os.path.join(_PACKAGE, name) + os.sep for name in ("hooks", "trial"))
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def own_place(tb: TracebackType | None, plugin_file: str | None, *, only_users: 
 
     That is the last frame outside of Python's library, installed packages and miles; where there is none (a plug-in
     that is installed, or built in), the last frame of the plug-in's own file, or of miles for one that is built in;
-    else the last outside of this package. `only_users` stops after the plug-in's own file.
+    else the last outside of this package and of `miles.trial`. `only_users` stops after the plug-in's own file.
     """
     frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(tb)]
     built_in = plugin_file is not None and is_built_in(plugin_file)
@@ -116,7 +117,7 @@ def _is_ours(file: str) -> bool:
 
 
 def _is_any(file: str) -> bool:
-    return not file.startswith(("<", _MACHINERY))
+    return not file.startswith(("<", *_MACHINERY))
 
 
 def trimmed_traceback(error: BaseException) -> str:

@@ -110,7 +110,7 @@ def _outcome(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     except StopIteration as error:  # a future cannot carry it
         stopped = RuntimeError("plug-in raised StopIteration")
         stopped.__cause__ = error
-        return None, stopped.with_traceback(error.__traceback__)
+        return None, stopped
     except BaseException as error:  # handed to whoever awaits, KeyboardInterrupt included
         return None, error
 

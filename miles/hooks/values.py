@@ -140,7 +140,8 @@ def reward_list(values: Any, count: int) -> list[Any]:
             "a group arrives as a list: annotate the parameter `sample: Sample` to be called once per sample",
         )  # fmt: skip
     if len(values) != count:
-        raise BadReturn("length", f"returned {len(values)} rewards for {count} samples")
+        found = f"returned a list of length {len(values)}, expected {count}"
+        raise BadReturn("length", found, "one reward per sample, in the order of the samples")
     return list(values)
 
 

@@ -73,8 +73,9 @@ class _Collection:
         self.in_flight: dict[asyncio.Task[Group], int] = {}
         self.kept: list[Group] = []
         self.all: list[Group] = []
-        # Identities of the samples of this rollout, all of which `in_flight` or `all` keeps alive.
-        self._fetched: set[int] = set()
+        # The samples of this rollout by identity. Kept alive: a generate function may return others in their place, and
+        # an identity that is free is given to the next object.
+        self._fetched: dict[int, Sample] = {}
         self._submitted = self._dropped = 0
         self._reasons: Counter[str] = Counter()
         self._warn_at = DROPS_BEFORE_WARNING * self.target
@@ -113,8 +114,8 @@ class _Collection:
                     "length", f"get_samples({count}) returned a group of {len(group)} samples", f"each prompt has "
                     f"{size}: --n-samples-per-prompt",
                 )  # fmt: skip
-        samples = [id(sample) for group in groups or [] for sample in group]
-        if len(set(samples)) < len(samples) or not self._fetched.isdisjoint(samples):
+        samples = {id(sample): sample for group in groups or [] for sample in group}
+        if len(samples) < size * len(groups or []) or not self._fetched.keys().isdisjoint(samples):
             found = f"get_samples({count}) returned one Sample object several times"
             self._refuse_groups("type", found, "make a new Sample for each")
         self._fetched.update(samples)

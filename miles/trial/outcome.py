@@ -11,9 +11,9 @@ from typing import Any
 
 from miles.errors import EngineError, UsageError
 from miles.hooks import Hook
+from miles.hooks.blame import place_of
 from miles.hooks.card import first_sample, sample_text
-from miles.hooks.problems import at_place, problem
-from miles.hooks.source import Place, own_place
+from miles.hooks.problems import at_place, form_text, problem
 from miles.hooks.values import BadReturn
 from miles.trial.caller import Caller, TookTooLong
 from miles.trial.material import Material
@@ -114,8 +114,8 @@ def problem_text(trial: Trial, failed: Failed) -> str:
     hook, error = trial.hook, failed.error
     found, remedy = _found(trial, error)
     if failed.sample is not None:
-        found += f"\n            sample {sample_text(failed.sample)}"
-    expected = hook.point.canonical if isinstance(error, BadReturn) else ""
+        found += f"\nsample {sample_text(failed.sample)}"
+    expected = form_text(hook.point, hook.form) if isinstance(error, BadReturn) else ""
     return problem(hook.point, hook.path, found, expected=expected, remedy=remedy)
 
 
@@ -126,23 +126,13 @@ def _found(trial: Trial, error: BaseException) -> tuple[str, str]:
     if isinstance(error, UsageError):
         return f"{source}: {str(error).removeprefix(trial.hook.point.flag).lstrip(': ')}", "mend what it returns"
     if isinstance(error, TookTooLong):
-        place = stuck_at(error, source.file)
+        place = place_of(error, source.file, only_users=True)
         where = f"still at {place}: {place.text}" if place is not None else f"a call of {source} has not returned"
         return (
             f"no result after {trial.call.limit_s:g} s, {where}",
             "give what waits a time limit of its own; --limit-s gives a slow one more time",
         )
     return at_place(error, source.file), "mend that line"
-
-
-def stuck_at(error: BaseException, file: str | None) -> Place | None:
-    """The user's line that was interrupted: of the first of the errors that this one was made of."""
-    cause: BaseException | None = error
-    found = None
-    while cause is not None:
-        found = own_place(cause.__traceback__, file, only_users=True) or found
-        cause = cause.__cause__
-    return found
 
 
 def counted(count: int, noun: str) -> str:

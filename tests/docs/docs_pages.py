@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "examples/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
 ]
 
 _FENCE = re.compile(r"^```(?P<language>\w*) ?(?P<info>[\w-]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,7 +1,8 @@
 """The documentation is true: its code runs, its commands parse, its output is printed, its links lead somewhere.
 
     ```python     run, each block alone, in a folder with `examples/` and the record of a short quickstart
-    ```bash       `miles` commands are parsed (`miles check` runs), `make` targets exist, bodies of `curl` are read
+    ```bash       `miles` commands are parsed (`miles check`, `miles hooks` run), `make` targets exist, bodies of `curl`
+                  are read, what `pip` installs is what the project is tested with
     ```console    run, and the output compared; a line `...` stands for any lines
     ```yaml       read as flags; `yaml eval-config` and `yaml custom-config` as those files
     ```json       parsed
@@ -10,7 +11,9 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
 import json
 import os
 import re
@@ -45,11 +48,14 @@ from miles.config.yaml_file import read_entries
 from miles.engine.embedded import server
 from miles.engine.protocol import GenerateRequest
 from miles.errors import DataError, HookError, MilesError
-from miles.hooks import CATALOG, bind
+from miles.hooks import CATALOG, bind, plug_point_named
 from miles.hooks.check import list_main
-from miles.hooks.point import allowed_policies
+from miles.hooks.guide import ARGUMENTS, CHAPTERS, ENTRIES
+from miles.hooks.point import PlugPoint, allowed_policies
 from miles.observe.record import read_rollouts
 from miles.rollout.dataset import read_rows
+from miles.rollout.generate_hub import multi_turn
+from miles.trial.table import why_not_replayed
 from miles.types import Sample
 
 README = ROOT / "README.md"
@@ -62,6 +68,7 @@ REQUIRED = {
     "rollout-batch-size": "16",
     "num-rollout": "1",
     "global-batch-size": "16",
+    "rm-type": "math",
 }
 
 
@@ -149,6 +156,8 @@ def test_bash_is_understood(command: Command, workplace: Path, capsys: pytest.Ca
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "curl":
         check_curl(words)
+    elif program == "pip":
+        assert words[0] == "install" and f'"{words[1]}"' in (ROOT / "pyproject.toml").read_text()
     else:
         assert program == "miles", f"a command that no test knows: {command}"
         check_miles(words)
@@ -159,7 +168,7 @@ def check_miles(words: list[str]) -> None:
     if name == "train":
         parse(argv)
     elif name == "serve":
-        server._parser().parse_args(argv)
+        server._parser().parse_args([word for word in argv if word != "&"])
     elif name == "replay":
         assert len(argv) >= 1
     else:
@@ -196,9 +205,12 @@ def test_console_prints_that(command: Command, workplace: Path, capsys: pytest.C
     assert_shown(command.output, printed.splitlines())
 
 
+_MEASURED = re.compile(r"\b\d+(\.\d+)? (ms|s)\b")
+
+
 def assert_shown(shown: list[str], printed: list[str]) -> None:
-    """`shown` is `printed` with lines left out where it says `...`; widths of columns do not matter."""
-    expected, lines = ([" ".join(line.split()) for line in text] for text in (shown, printed))
+    """`shown` is `printed` but for lines where it says `...`; widths of columns and measured times do not matter."""
+    expected, lines = ([" ".join(_MEASURED.sub("TIME", line).split()) for line in text] for text in (shown, printed))
     place, free = 0, False
     for line in expected:
         if line == "...":
@@ -255,14 +267,47 @@ def test_customization_is_up_to_date(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert written == CUSTOMIZATION.read_text(), "miles hooks --markdown > docs/customization.md"
 
 
+def arguments_of(point: PlugPoint) -> list[str]:
+    """Of the call that the core makes, then those that only other accepted forms have."""
+    names = [name for name in inspect.signature(point.protocol.__call__).parameters if name != "self"]
+    for form in point.forms:
+        parameters = ast.parse(f"def f{form.signature}: ...").body[0].args  # type: ignore[attr-defined]
+        names += [argument.arg for argument in (*parameters.args, *parameters.kwonlyargs)]
+        names += form.also
+    return list(dict.fromkeys(names))
+
+
+def test_nothing_else_is_documented() -> None:
+    assert [name for chapter in CHAPTERS for name in chapter.points] == list(
+        dict.fromkeys(name for chapter in CHAPTERS for name in chapter.points)
+    )
+    assert {name for chapter in CHAPTERS for name in chapter.points} == set(ENTRIES) == set(CATALOG)
+    for name, entry in ENTRIES.items():
+        assert set(entry.arguments) <= set(arguments_of(CATALOG[name])), name
+    shared = {a for point in CATALOG.values() for a in arguments_of(point) if a not in ENTRIES[point.name].arguments}
+    assert shared == set(ARGUMENTS)
+
+
+def test_the_chapters_are_numbered_as_published() -> None:
+    """Readers of the published guide find each plug point under the number that it has there."""
+    flags = {"custom-rm": 3, "custom-pg-loss-reducer-function": 11, "data-source": 15, "custom-model-provider": 20}
+    text = CUSTOMIZATION.read_text()
+    for key, number in flags.items():
+        before = text.partition(f"\n### `{plug_point_named(key).flag}`")[0]  # type: ignore[union-attr]
+        assert re.findall(r"^## (\d+)\. ", before, re.MULTILINE)[-1] == str(number)
+
+
 @pytest.mark.parametrize("point", CATALOG.values(), ids=lambda point: point.name)
-def test_every_plug_point_is_documented(point: object, capsys: pytest.CaptureFixture[str]) -> None:
-    point = CATALOG[point.name]  # type: ignore[attr-defined]
+def test_every_plug_point_is_documented(point: PlugPoint, capsys: pytest.CaptureFixture[str]) -> None:
     _, _, section = CUSTOMIZATION.read_text().partition(f"\n### `{point.flag}`\n")
-    section = section.partition("\n### ")[0]
+    section = re.split(r"\n#{2,3} ", section)[0]
     call = f"{'async def' if point.awaited else 'def'} {point.name}{point.canonical}: ..."
-    for text in (call, point.when, point.process, point.contract, allowed_policies(point)):
-        assert text in section
+    for text in (call, point.when, point.process, point.contract, allowed_policies(point), *ENTRIES[point.name].uses):
+        assert " ".join(text.split()) in " ".join(section.split())
+    documented = re.findall(r"^\| `(\w+)` \| .+ \|$", section, re.MULTILINE)
+    assert documented == arguments_of(point)
+    assert ("`miles check` calls it" in section) == point.pure
+    assert (f"`miles replay {point.key}`" in section) == (why_not_replayed(point) is None)
     if len(point.forms) > 1:
         assert all(f"# {form.name}: {form.recognised_by}" in section for form in point.forms)
     list_main([point.key, "--markdown"])
@@ -273,10 +318,14 @@ def test_every_plug_point_is_documented(point: object, capsys: pytest.CaptureFix
 
 
 def known_flags() -> set[str]:
-    """Of `miles train`, of the other commands, and of the benchmarks."""
-    found = {*build_parser().options, "--help", "--help-all", "--version"}
-    for file in [*(ROOT / "miles/hooks").glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), Path(server.__file__)]:
-        found |= set(re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", file.read_text()))
+    """Of `miles train`, of the plug-ins here and in examples/, of the other commands, and of the benchmarks."""
+    parser = build_parser()
+    multi_turn.generate.add_arguments(parser)  # type: ignore[attr-defined]
+    found = {*parser.options, "--help", "--help-all", "--version"}
+    folders = ("miles/hooks", "miles/trial", "miles/run", "benchmarks")
+    sources = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
+    for file in [*sources, *(ROOT / "examples").glob("*/*.py"), Path(server.__file__)]:
+        found |= set(re.findall(r"\badd(?:_argument)?\(\s*\"(--[\w-]+)\"", file.read_text()))
     return found
 
 
@@ -292,9 +341,12 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(file), f"{file}#{anchor}"
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
-    linked = {file for file, _ in links(README)}
-    assert linked >= set(PAGES) - {README}
+def test_every_page_is_linked() -> None:
+    """From the README; those of the examples as folders, from the page of the examples."""
+    examples = ROOT / "examples" / "README.md"
+    of_examples = {page for page in PAGES if page.parent.parent == ROOT / "examples"}
+    assert {file for file, _ in links(README)} >= set(PAGES) - {README} - of_examples
+    assert {file for file, _ in links(examples)} >= {page.parent for page in of_examples}
 
 
 def test_the_readme_says_what_is_not_built() -> None:

@@ -220,7 +220,8 @@ def source_of(point: str, signature: str, *, is_async: bool = False) -> str:
 def told(point: str, path: str, found: str, remedy: str, *, expected: bool = True) -> str:
     lines = [f"{CATALOG[point].flag} {path}", f"  found     {found}"]
     if expected:
-        lines.append(f"  expected  {expected_forms(CATALOG[point])}")
+        expected_text = expected_forms(CATALOG[point]).replace("\n", "\n" + 12 * " ")
+        lines.append(f"  expected  {expected_text}")
     return "\n".join([*lines, f"  remedy    {remedy}"])
 
 

@@ -97,7 +97,7 @@ def test_all_missing_flags_are_named_at_once() -> None:
         ("--global-batch-size", ["--num-steps-per-rollout", "2"]),
         ("--global-batch-size", ["--use-dynamic-global-batch-size"]),
         ("--global-batch-size", ["--debug-rollout-only"]),
-        ("--prompt-data", ["--disable-rollout-global-dataset"]),
+        ("--prompt-data", ["--disable-rollout-global-dataset", "--rollout-function-path", "my.rollout.fn"]),
         ("--prompt-data", ["--data-source-path", "my.data.Source"]),
     ],
 )
@@ -107,6 +107,11 @@ def test_required_flags_with_an_alternative(left_out: str, instead: list[str]) -
     with pytest.raises(FlagError, match=left_out):
         parse(rest)
     parse([*rest, *instead])
+
+
+def test_the_built_in_rollout_needs_the_data_set() -> None:
+    with pytest.raises(FlagError, match="--disable-rollout-global-dataset: needs a rollout function of your own"):
+        parse([*REQUIRED, "--disable-rollout-global-dataset"])
 
 
 def test_pass_through_takes_everything_up_to_the_next_flag() -> None:

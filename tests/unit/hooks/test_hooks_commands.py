@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +9,9 @@ from typing import Any
 
 import pytest
 
-import miles
 from miles.errors import HookReport, UsageError
 from miles.hooks import CATALOG
 from miles.hooks.check import bound_main, list_main
-from miles.hooks.new import new_main
 from miles.hooks.replay import replay_main
 
 SETTINGS = {"hook_policy": {}, "hook_form": {}, "hook_timeout_s": None, "hook_error_budget": 0.05}
@@ -80,34 +74,6 @@ def test_hooks_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
                 assert form.name in shown and form.recognised_by in shown
     with pytest.raises(UsageError, match="Did you mean custom-rm"):
         list_main(["custom-rmm"])
-
-
-def test_new_writes_plug_ins_whose_tests_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for point in CATALOG.values():
-        assert new_main([point.key]) == 0
-    files = sorted(tmp_path.glob("*.py"))
-    assert len(files) == 2 * len(CATALOG)
-    for file in files:
-        ast.parse(file.read_text())
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(miles.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
-def test_new_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "sub" / "grade.py"
-    assert new_main(["--", "custom_rm", str(file)]) == 0
-    assert f"use    --custom-rm-path {file}:my_rm" in capsys.readouterr().out
-    before = file.read_text()
-    with pytest.raises(UsageError, match="nothing is overwritten"):
-        new_main(["custom-rm", str(file)])
-    assert file.read_text() == before
-    with pytest.raises(UsageError, match="Python file"):
-        new_main(["custom-rm", str(tmp_path / "grade.txt")])
-    with pytest.raises(UsageError, match="Did you mean buffer-filter"):
-        new_main(["bufferfilter"])
 
 
 def test_replay_of_what_is_no_bundle(tmp_path: Path) -> None:

@@ -166,6 +166,25 @@ def test_a_dropped_group_is_replaced_and_counted() -> None:
     assert seen["source"] is source
 
 
+async def answer_in_another_object(args: Namespace, sample: Sample, sampling_params: dict[str, Any]) -> Sample:
+    fields = {"index": sample.index, "group_index": sample.group_index, "label": sample.label}
+    return Sample(**fields, tokens=[*sample.tokens, 7], response_length=1, status=Sample.Status.COMPLETED)
+
+
+def keep_from_group_50(args: Namespace, samples: list[Sample], **kwargs: Any) -> DynamicFilterOutput:
+    return DynamicFilterOutput(keep=samples[0].label >= 50, reason="small")
+
+
+def test_samples_that_a_generate_function_replaces_are_not_taken_for_repeated_ones() -> None:
+    """Python gives the address of an object that is gone to the next one."""
+    output, _, _, _ = rollout(
+        *rm("reward_label"),
+        "--custom-generate-function-path", f"{HERE}:answer_in_another_object",
+        "--dynamic-sampling-filter-path", f"{HERE}:keep_from_group_50",
+    )  # fmt: skip
+    assert labels(output) == [50, 51]
+
+
 def test_over_sampling_aborts_the_slowest_and_throws_them_away() -> None:
     output, aborted, source, engine = rollout(
         *rm("reward_label"), "--over-sampling-batch-size", "4", delay={0: 30.0, 2: 30.0}
