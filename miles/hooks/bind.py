@@ -287,8 +287,9 @@ class Binder:
             )  # fmt: skip
             return None
         try:
-            return loaded()
-        except Exception as error:
+            with told_when_slow(f"making an object of {point.flag} {path}"):
+                return loaded()
+        except (Exception, SystemExit) as error:
             found = f"making an object of the class raised {at_place(error, source_of(loaded).file)}"
             self.problems.append(problem(point, path, found, remedy="mend that line"))
             return None
@@ -438,6 +439,6 @@ def extend_parser(parser: ArgumentParser, paths: Namespace | Mapping[str, str | 
                 add(parser)
             except MilesError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 found = f"its add_arguments raised {at_place(error, source_of(obj).file)}"
                 raise HookReport([problem(point, path, found, remedy="a flag must have a name of its own")]) from error

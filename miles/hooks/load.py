@@ -96,11 +96,12 @@ def load_function(path: str | None) -> Any:
         return registered
     reference = parse_path(path)
     foreign.stand_in()
-    if reference.file is not None:
-        module = import_file(reference.file)
-    else:
-        make_importable(os.getcwd())
-        module = importlib.import_module(reference.module)
+    with told_when_slow(f"importing {path}"):
+        if reference.file is not None:
+            module = import_file(reference.file)
+        else:
+            make_importable(os.getcwd())
+            module = importlib.import_module(reference.module)
     return reduce(getattr, reference.attribute.split("."), module)
 
 

@@ -178,19 +178,19 @@ class Policy:
 
 def parse_policy(text: str, point: PlugPoint) -> Policy:
     """Read one policy. Raises ValueError whose message says what `point` allows."""
-    action: str = "raise"
+    action: str | None = None
     retries = 0
     for part in text.split(","):
         word, _, count = part.strip().partition(":")
         if word == "retry" and count.isdecimal() and int(count) >= 1 and point.retries:
             retries = int(count)
         elif not count and word in ("raise", *(a for a, _ in point.tolerates)):
-            if action not in ("raise", word):
+            if action not in (None, word):
                 raise ValueError(f"got {text!r}, expected {allowed_policies(point)}")
             action = word
         else:
             raise ValueError(f"got {text!r}, expected {allowed_policies(point)}")
-    return Policy(action, retries)  # type: ignore[arg-type]
+    return Policy(action or "raise", retries)  # type: ignore[arg-type]
 
 
 def allowed_policies(point: PlugPoint) -> str:

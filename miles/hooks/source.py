@@ -112,6 +112,11 @@ def is_built_in(file: str) -> bool:
     return os.path.realpath(file).startswith(_PACKAGE)
 
 
+def is_machinery(file: str) -> bool:
+    """Whether a file is part of what calls plug-ins, rather than of what they may call."""
+    return os.path.realpath(file).startswith(_MACHINERY)
+
+
 def _is_ours(file: str) -> bool:
     return is_built_in(file) and _is_any(file)
 

@@ -5,6 +5,7 @@
         threads         the stack of each, for a call of the door (`limits.limited`, `Hook._limited`) that goes on
 
     blocks the loop for WARN_AFTER_S      a warning with file and line, once per place
+    does not return for PATIENCE_S        a warning with file and line, once per place, whatever it waits for
     longer than --hook-timeout-s          Interrupted is raised in it; the door makes the card
     a grace period longer                 it is inside of C code or catches everything: the card, and `on_stuck`
     nothing of this process gets on       C code that keeps the interpreter, a regular expression that explodes for
@@ -35,11 +36,16 @@ from miles.hooks.frozen import FrozenAlarm
 from miles.hooks.limits import LIMITED_CODE, TookTooLong, frames_of, interrupt, stack_of
 from miles.hooks.source import Place, own_place
 from miles.hooks.threads import THREAD_NAME
+from miles.hooks.waiting import waiting_calls
 
 logger = logging.getLogger("miles.hooks")
 
 TICK_S = 0.25
 WARN_AFTER_S = 1.0
+# A call that waits this long is told of: it may never return, and its time limit may be half an hour away.
+PATIENCE_S = 10.0
+# How often calls that await are looked through.
+LOOK_AT_WAITING_S = 2.5
 # From the interrupt to the end of the run; shorter for short limits.
 GRACE_S = 10.0
 # From the time limit to the end of a process in which not even this thread gets on.
@@ -125,6 +131,7 @@ class Watchdog:
     on_stuck: Callable[[str], None]
     _stopped: threading.Event = field(default_factory=threading.Event)
     _told: set[str] = field(default_factory=set)
+    _looked_at_waiting: float = 0.0
     # Thread -> when it was interrupted last.
     _interrupted: dict[int, float] = field(default_factory=dict)
     # (when, seconds) in which this thread did not run: the process was suspended, or C code kept the interpreter.
@@ -190,6 +197,15 @@ class Watchdog:
         for thread_id, frame in frames.items():
             if thread_id != own:
                 self._judge(thread_id, frame, now)
+        if now - self._looked_at_waiting > LOOK_AT_WAITING_S:
+            self._looked_at_waiting = now
+            for pulse in self._pulses.values():
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    pulse.loop.call_soon_threadsafe(self._look_at_waiting, pulse.loop)
+
+    def _look_at_waiting(self, loop: asyncio.AbstractEventLoop) -> None:
+        for call in waiting_calls(loop):
+            self._warn_of_wait(call.hook, call.place, call.seconds)
 
     def _judge(self, thread_id: int, frame: FrameType, now: float) -> None:
         call, pulse = innermost_call(frame), self._pulses.get(thread_id)
@@ -200,6 +216,8 @@ class Watchdog:
         elif call is not None and call.begin is not None:
             begin = call.begin
             seconds = now - begin - sum(lost for when, lost in self._lost if when > begin)
+            if seconds > PATIENCE_S and not call.hook.is_built_in:
+                self._warn_of_wait(call.hook, self._place(stack_of(thread_id), call.hook), seconds)
         else:
             return
         limit = self.timeout_s if call is None else call.hook.timeout_s
@@ -254,6 +272,15 @@ class Watchdog:
         logger.warning(
             "%s has blocked the event loop for %.1f s: nothing else is generated or scored meanwhile. %s",
             self._name(place, call), seconds, remedy,
+        )  # fmt: skip
+
+    def _warn_of_wait(self, hook: Hook, place: Place | None, seconds: float) -> None:
+        if place is None or seconds <= PATIENCE_S or not self._first(f"wait {place}"):
+            return
+        end = "has no limit" if hook.timeout_s is None else f"ends it after {hook.timeout_s:g} s"
+        logger.warning(
+            "%s %s has not returned for %.0f s: %s (--hook-timeout-s %s)",
+            hook.point.key, place, seconds, place.text, end,
         )  # fmt: skip
 
     def _warn_of_hold(self, seconds: float) -> None:

@@ -125,6 +125,15 @@ def test_slime_loss_and_three_argument_post_processing(tmp_path: Path) -> None:
     assert module.Sample is Sample and sys.modules["slime.utils.types"] is sys.modules["miles.utils.types"]
 
 
+def test_slime_loss_that_adds_to_the_built_in_one(tmp_path: Path) -> None:
+    run = train(
+        tmp_path, "--loss-type", "custom_loss", "--custom-loss-function-path", "slime_plug_ins.custom_policy_loss",
+        "--rm-type", "random", "--num-rollout", "1",
+    )  # fmt: skip
+    assert logged(run, "train/pg_loss") and logged(run, "train/grad_norm")[0] > 0
+    assert logged(run, "train/mean_advantage") == pytest.approx(logged(run, "rollout/advantages"), abs=1e-6)
+
+
 @pytest.mark.parametrize(("name", "metric"), [("custom_tis", "ratio"), ("strict_tis", "strict")])
 def test_slime_importance_functions(tmp_path: Path, name: str, metric: str) -> None:
     run = train(

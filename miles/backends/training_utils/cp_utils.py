@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from miles.backends.training_utils.state_optional import state_optional
+from miles.loss import reduce
 from miles.loss.parallel_state import ParallelState
-from miles.loss.reduce import get_sum_of_sample_mean
 
 __all__ = [
     "all_gather_with_cp",
@@ -25,7 +26,10 @@ __all__ = [
 
 Range = tuple[int, int]
 
+get_sum_of_sample_mean = state_optional(reduce.get_sum_of_sample_mean)
 
+
+@state_optional
 def get_logits_and_tokens_offset_with_cp(
     total_length: int,
     response_length: int,
@@ -61,6 +65,7 @@ def all_gather_with_cp(
     return tensor
 
 
+@state_optional
 def slice_with_cp(
     tokens: torch.Tensor,
     pad_value: int | float | Callable[[torch.Tensor, int], torch.Tensor],
@@ -83,6 +88,7 @@ def slice_with_cp(
     return F.pad(tokens, (0, 0) * (tokens.dim() - 1) + (0, missing), value=pad_value)
 
 
+@state_optional
 def slice_log_prob_with_cp(
     log_prob: list[float] | torch.Tensor,
     total_length: int,

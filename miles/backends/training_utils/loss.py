@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miles.backends.training_utils.state_optional import state_optional
 from miles.hooks import load_function
 from miles.loss.importance import icepop_function, vanilla_tis_function
 from miles.loss.parallel_state import ParallelState
@@ -61,6 +62,7 @@ def get_values(
     return {"values": [predicting.squeeze(-1) for predicting, _ in responses]}
 
 
+@state_optional
 def policy_loss_function(
     args: Namespace,
     parallel_state: ParallelState,
@@ -93,6 +95,7 @@ def policy_loss_function(
     return result.loss, result.metrics
 
 
+@state_optional
 def sft_loss_function(
     args: Namespace,
     parallel_state: ParallelState,

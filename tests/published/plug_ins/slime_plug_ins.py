@@ -1,7 +1,8 @@
 """Plug-ins as they are written for slime, imports included."""
 
 import torch
-from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
+from slime.backends.megatron_utils.cp_utils import get_sum_of_sample_mean
+from slime.backends.megatron_utils.loss import get_log_probs_and_entropy, policy_loss_function
 from slime.rollout.sglang_rollout import GenerateState
 from slime.utils.http_utils import post
 from slime.utils.types import Sample
@@ -50,6 +51,14 @@ def custom_loss(args, batch, logits, sum_of_sample_mean):
     log_probs = torch.cat(result["log_probs"])
     loss = -sum_of_sample_mean(log_probs * torch.cat(batch["advantages"]))
     return loss, {"loss": loss.clone().detach(), "entropy": sum_of_sample_mean(torch.cat(result["entropy"])).detach()}
+
+
+def custom_policy_loss(args, batch, logits, sum_of_sample_mean):
+    loss, metrics = policy_loss_function(args, batch, logits, sum_of_sample_mean)
+    reduce = get_sum_of_sample_mean(
+        batch["total_lengths"], batch["response_lengths"], batch["loss_masks"], args.calculate_per_token_loss
+    )
+    return loss, {**metrics, "mean_advantage": reduce(torch.cat(batch["advantages"]))}
 
 
 def mask_of(batch):

@@ -187,7 +187,8 @@ def test_sft_loss() -> None:
 
 
 def test_unknown_loss() -> None:
-    with pytest.raises(UsageError, match="--loss-type: expected one of policy_loss, value_loss, sft_loss, got 'custom_loss'"):
+    known = "policy_loss, value_loss, sft_loss"
+    with pytest.raises(UsageError, match=f"--loss-type: expected one of {known}, got 'custom_loss'"):
         compute_loss(inputs_of([Row([], [])]), LossSettings(loss_type="custom_loss"), LossPlugins(), 1.0)
 
 

@@ -285,6 +285,23 @@ def test_the_published_sft_loss() -> None:
     assert metrics["loss"] == loss.detach()
 
 
+def test_helpers_without_parallel_state() -> None:
+    """slime's plug-ins pass none; what stands at its place is the next argument, not a state."""
+    masks, values = [torch.ones(3), torch.tensor([1.0, 0.0])], torch.arange(5.0)
+    for per_token in (False, True):
+        with_state = cp_utils.get_sum_of_sample_mean([5, 4], [3, 2], masks, ALONE, per_token)
+        for without in (
+            cp_utils.get_sum_of_sample_mean([5, 4], [3, 2], masks, per_token),
+            cp_utils.get_sum_of_sample_mean([5, 4], [3, 2], masks, calculate_per_token_loss=per_token),
+        ):
+            assert without(values) == with_state(values)
+    assert cp_utils.slice_log_prob_with_cp([0.5], 3, 1) == [0.5]
+    assert cp_utils.slice_with_cp(torch.ones(2), 0, "bshd", 3).tolist() == [1, 1, 0]
+    assert cp_utils.get_logits_and_tokens_offset_with_cp(5, 3)[0] == 3
+    with pytest.raises(ValueError, match="2 context-parallel ranks"):
+        cp_utils.slice_with_cp(torch.ones(2), 0, ParallelState(cp_size=2))
+
+
 def test_values_are_those_before_the_response_tokens() -> None:
     head = torch.arange(9.0).reshape(1, 9, 1)
     got = losses.get_values(
