@@ -237,7 +237,8 @@ async def request_json(action: str, url: str, payload: Any = None, *, retries: i
         except httpx.TransportError as error:
             if attempt == retries:
                 detail = str(error) or type(error).__name__
-                raise EngineError(f"{url}: no answer after {attempt + 1} attempts: {detail}") from error
+                tries = "one attempt" if attempt == 0 else f"{attempt + 1} attempts"
+                raise EngineError(f"{url}: no answer after {tries}: {detail}") from error
             await asyncio.sleep(RETRY_PAUSE_S)
     if response.is_error:
         raise EngineError(f"{url}: {_error_text(response)}", status=response.status_code)
@@ -307,10 +308,3 @@ async def post(url: str, payload: Any, max_retries: int = 60, action: str = "pos
 async def get(url: str) -> Any:
     """GET without retries; JSON, or text where the body is not JSON."""
     return await request_json("get", url)
-
-
-async def close_client() -> None:
-    """Close the HTTP client of the running loop, at the end of a run."""
-    client = _http_clients.pop(asyncio.get_running_loop(), None)
-    if client is not None:
-        await client.aclose()

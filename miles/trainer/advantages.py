@@ -13,6 +13,7 @@ from torch import Tensor
 
 from miles.batch import TrainBatch
 from miles.errors import UsageError
+from miles.hooks.values import kind_of
 from miles.loss.advantages import FROM_A_TEACHER, AdvantageInputs
 from miles.loss.types import LossSettings
 
@@ -32,10 +33,18 @@ def advantage_inputs(shard: TrainBatch, settings: LossSettings) -> AdvantageInpu
     if not isinstance(shard.rewards, np.ndarray):
         raise UsageError(
             f"--advantage-estimator {settings.advantage_estimator}: expected one number per sample as reward, "
-            f"got {'none' if shard.rewards is None else 'something else'}. Let the reward post-processing return "
+            f"got {_what_is_there(shard.rewards)}. Let the reward post-processing return "
             "numbers, or give --disable-compute-advantages-and-returns."
         )
     return AdvantageInputs(torch.from_numpy(shard.rewards), lengths)
+
+
+def _what_is_there(rewards: Any) -> str:
+    """What stands where numbers were expected: `none`, or the first entry, such as `a Tensor of shape (36,)`."""
+    if rewards is None:
+        return "none"
+    first = rewards[0] if len(rewards) else rewards
+    return kind_of(first) + (f" of shape {tuple(np.shape(first))}" if np.ndim(first) else "")
 
 
 def teacher_column(shard: TrainBatch) -> Tensor:

@@ -86,6 +86,9 @@ def test_the_student_is_the_trainer_or_the_engine() -> None:
 def test_rewards_are_needed_by_the_others() -> None:
     with pytest.raises(UsageError, match="--advantage-estimator grpo: expected one number per sample"):
         advantage_inputs(shard([[-1.0, -1.0], [], [-1.0] * 3]), LossSettings())
+    per_token = shard(None, rewards=[torch.ones(2), torch.ones(0), torch.ones(3)])
+    with pytest.raises(UsageError, match=r"as reward, got a Tensor of shape \(2,\)\."):
+        advantage_inputs(per_token, LossSettings())
     inputs = advantage_inputs(shard(None, rewards=[1.0, 0.0, -1.0]), LossSettings())
     assert inputs.rewards is not None and inputs.rewards.tolist() == [1, 0, -1]
 
