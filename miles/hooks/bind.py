@@ -21,6 +21,7 @@ from miles.hooks.call_special import GenerateHook, ObjectHook, ReducerHook
 from miles.hooks.catalog import CATALOG, plug_point_named
 from miles.hooks.guard import Guard
 from miles.hooks.load import load_function
+from miles.hooks.patience import told_when_slow
 from miles.hooks.point import Form, PlugPoint, Policy, parse_policy
 from miles.hooks.problems import at_place, described, expected_forms, load_problem, problem
 from miles.hooks.source import source_of

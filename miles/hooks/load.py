@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from miles.hooks import foreign
+from miles.hooks.patience import told_when_slow
 
 
 class FunctionRegistry:
@@ -77,7 +78,8 @@ def parse_path(path: str) -> Reference:
         if py and Path(stem + ".py").is_file():
             return Reference("", Path(stem + ".py"), attribute)
         left, _, attribute = path.rpartition(".")
-    if not left or not attribute or (attribute == "py" and not colon and os.sep in path):
+    is_only_file = attribute == "py" and not colon and (os.sep in path or Path(path).is_file())
+    if not left or not attribute or is_only_file:
         raise ValueError(f"{path!r} names no function: expected pkg.module.fn, pkg.module:fn or path/to/file.py:fn")
     if left.endswith(".py"):
         return Reference("", Path(left), attribute)

@@ -103,7 +103,12 @@ def _is_part(missing: str | None, module: str) -> bool:
 
 
 def _without_attribute(path: str) -> str:
-    return f"add the function's name: {path}:function" if path.endswith(".py") else f"{path!r} has no module part"
+    given = path.rstrip(":")
+    if given.endswith(".py") or given != path:
+        return f"add the function's name: {given}:function"
+    if Path(f"{given}.py").is_file():
+        return f"give the file and the function: {given}.py:function"
+    return f"{path!r} has no module part"
 
 
 def _missing_file(file: Path) -> tuple[str, str]:

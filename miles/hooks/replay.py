@@ -136,7 +136,7 @@ def replay_main(argv: Sequence[str]) -> int:
     except BadReturn as error:
         print(f"result    {error}" + (f" ({error.hint})" if error.hint else ""))
         return 1
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         print(trimmed_traceback(error), end="")
         if given.pdb:
             pdb.post_mortem(error.__traceback__)

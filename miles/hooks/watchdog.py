@@ -277,7 +277,7 @@ class Watchdog:
     def _warn_of_wait(self, hook: Hook, place: Place | None, seconds: float) -> None:
         if place is None or seconds <= PATIENCE_S or not self._first(f"wait {place}"):
             return
-        end = "has no limit" if hook.timeout_s is None else f"ends it after {hook.timeout_s:g} s"
+        end = "does not end it" if hook.timeout_s is None else f"ends it after {hook.timeout_s:g} s"
         logger.warning(
             "%s %s has not returned for %.0f s: %s (--hook-timeout-s %s)",
             hook.point.key, place, seconds, place.text, end,

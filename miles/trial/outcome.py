@@ -14,7 +14,7 @@ from miles.hooks import Hook
 from miles.hooks.blame import place_of
 from miles.hooks.card import first_sample, sample_text
 from miles.hooks.problems import at_place, form_text, problem
-from miles.hooks.values import BadReturn
+from miles.hooks.values import BadReturn, safely
 from miles.trial.caller import Caller, TookTooLong
 from miles.trial.material import Material
 from miles.types import Sample
@@ -66,7 +66,7 @@ class Failed(Exception):
 
     def __init__(self, error: BaseException, sample: Sample | None = None) -> None:
         self.error, self.sample = error, sample
-        super().__init__(str(error))
+        super().__init__(safely(str, error))
 
 
 @contextmanager

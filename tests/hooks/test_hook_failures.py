@@ -16,7 +16,7 @@ import torch
 from hooks_helpers import PLUGINS, bound, bound_hooks, group, path_of, sample
 
 from miles.errors import ErrorBudgetExceeded, HookError
-from miles.hooks import Hooks, RewardHook
+from miles.hooks import Hooks, RewardHook, bind
 from miles.hooks.guard import MAX_BUNDLES, MIN_FAILURES
 from miles.hooks.replay import read_bundle, replay_main
 from miles.types import Failure, GenerateFnInput
@@ -139,6 +139,18 @@ def test_replay_reproduces(
     shown = capsys.readouterr().out
     assert shown.count(says) >= 2, "once as recorded, once as it fails again"
     assert "miles/hooks" not in shown
+
+
+def test_replay_of_a_plug_in_that_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plug_in = tmp_path / "leaves.py"
+    plug_in.write_text("def grade(args, sample):\n    raise SystemExit(0)\n")
+    hooks = bind(Namespace(custom_rm_path=f"{plug_in}:grade"))
+    hooks.set_bundle_dir(tmp_path)
+    assert hooks.custom_rm is not None
+    with pytest.raises(HookError) as caught:
+        asyncio.run(hooks.custom_rm.call_async(ARGS, sample()))
+    assert replay_main([str(caught.value.failure.bundle)]) == 1
+    assert "raise SystemExit(0)" in capsys.readouterr().out
 
 
 def test_replay_of_a_mended_plug_in_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

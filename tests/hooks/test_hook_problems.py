@@ -61,6 +61,9 @@ GOOD = "async def grade(args, sample):\n    return 1.0\n\n\ndef grade_all(args, 
         ("task/rewards.py:grade", ["no folder task"]),
         ("tasks/rewards.py", ["names no function", "tasks/rewards.py:function"]),
         ("grade", ["names no function"]),
+        ("prize.py", ["names no function", "add the function's name: prize.py:function"]),
+        ("prize.py:", ["names no function", "add the function's name: prize.py:function"]),
+        ("prize", ["names no function", "give the file and the function: prize.py:function"]),
         ("prizes.grade", ["no module named 'prizes'"]),
     ],
 )
@@ -68,6 +71,7 @@ def test_paths_that_lead_nowhere(folder: Path, path: str, says: list[str]) -> No
     (folder / "tasks").mkdir()
     (folder / "tasks" / "__init__.py").touch()
     (folder / "tasks" / "rewards.py").write_text(GOOD)
+    (folder / "prize.py").write_text(GOOD)
     text = only_problem(custom_rm_path=path)
     assert text.startswith(f"--custom-rm-path {path}\n")
     for part in says:
@@ -177,6 +181,7 @@ def test_everything_is_reported_at_once(folder: Path) -> None:
         ("retry:x", False),
         ("ignore", False),
         ("drop,mask", False),
+        ("raise,drop", False),
         ("", False),
     ],
 )

@@ -102,3 +102,13 @@ def test_registered_names_win() -> None:
             pass
     assert function_registry.get("test:fn") is None
     assert FunctionRegistry().get("json.loads") is None
+
+
+def test_an_import_that_takes_long_is_told_with_its_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("miles.hooks.patience.PATIENCE_S", 0.1)
+    (folder / "slow_import.py").write_text("import time\ntime.sleep(0.4)\n\ndef fn(): ...\n")
+    load_function("slow_import.fn")
+    (told,) = caplog.messages
+    assert told == "importing slow_import.fn has taken 0.1 s, still at slow_import.py:2: time.sleep(0.4)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import threading
@@ -22,6 +23,7 @@ from miles.hooks.limits import frames_of
 from miles.hooks.threads import THREAD_NAME
 from miles.hooks.watchdog import Watchdog
 from miles.types import Failure, Sample
+from miles.utils.http_utils import post
 
 ARGS = Namespace(reward_key=None)
 LIMIT_S = 0.2
@@ -238,6 +240,79 @@ def test_blocking_the_loop_is_told_once_per_place(
     (told,) = [m for m in caplog.messages if "has blocked the event loop" in m]
     assert told.startswith("custom-rm ") and f"test_hooks_watchdog.py:{line_of('# blocks')} has blocked" in told
     assert "nothing else is generated or scored meanwhile" in told and "write `def`" in told
+
+
+async def waits_long(args: Namespace, sample: Sample) -> float:
+    await asyncio.sleep(0.9)  # awaits long
+    return 1.0
+
+
+def sleeps_long(args: Namespace, sample: Sample) -> float:
+    time.sleep(0.9)  # sleeps long
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("reward", "line"), [(waits_long, "# awaits long"), (sleeps_long, "# sleeps long")], ids=["async", "thread"]
+)
+def test_a_call_that_does_not_return_is_told_once_per_place(
+    reward: Any,
+    line: str,
+    loop: tuple[asyncio.AbstractEventLoop, int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    told = patient_for(0.3, monkeypatch, caplog)
+    watched = Watched(reward, loop, timeout_s=1800)
+    with watched.dog():
+        assert [call.result(10) for call in watched(0, 1)] == [1.0, 1.0]
+    (text,) = told()
+    assert text.startswith("custom-rm ") and f"test_hooks_watchdog.py:{line_of(line)} has not returned for" in text
+    assert text.endswith(f"{line} (--hook-timeout-s ends it after 1800 s)")
+
+
+def test_an_inline_call_that_does_not_return_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def slow(args: Namespace, samples: list[Sample]) -> bool:
+        time.sleep(0.9)  # inline
+        return True
+
+    told = patient_for(0.3, monkeypatch, caplog)
+    hooks = hooks_of("dynamic_sampling_filter", slow, timeout_s=1800)
+    assert hooks.dynamic_sampling_filter is not None
+    with Watchdog(hooks, [], on_stuck=print):
+        hooks.dynamic_sampling_filter(ARGS, [Sample(index=0)])
+    (text,) = told()
+    assert f"test_hooks_watchdog.py:{line_of('# inline')} has not returned for" in text
+
+
+def test_waiting_for_the_run_itself_is_not_told(
+    loop: tuple[asyncio.AbstractEventLoop, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A generate function waits for the engine as long as the engine takes."""
+    told = patient_for(0.2, monkeypatch, caplog)
+
+    async def reward(args: Namespace, sample: Sample) -> float:
+        with contextlib.suppress(Exception):
+            await post("http://127.0.0.1:9", {}, max_retries=2)  # nobody answers there, and it tries again
+        return 1.0
+
+    watched = Watched(reward, loop, timeout_s=1800)
+    with watched.dog():
+        assert [call.result(20) for call in watched(0)] == [1.0]
+    assert told() == []
+
+
+def patient_for(
+    seconds: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Callable[[], list[str]]:
+    """Makes the watchdog less patient; returns what reads the warnings about calls that have not returned."""
+    monkeypatch.setattr("miles.hooks.watchdog.PATIENCE_S", seconds)
+    monkeypatch.setattr("miles.hooks.watchdog.LOOK_AT_WAITING_S", 0.1)
+    monkeypatch.setattr("miles.hooks.watchdog.TICK_S", 0.05)
+    caplog.set_level(logging.WARNING, logger="miles.hooks")
+    return lambda: [m for m in caplog.messages if "has not returned" in m]
 
 
 def test_the_watchdog_is_quiet_and_cheap(

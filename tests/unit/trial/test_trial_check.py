@@ -91,6 +91,9 @@ BAD = [
     ("divides", (RM, "--hook-policy", "custom-rm=drop"), "{file}:{line}: return 1 / 0", "mend that line"),
     ("needs_the_end", (RM,), "IndexError: list index out of range at {file}:{line}: return float(", "mend that line"),
     ("exits", (RM,), "SystemExit: 3 at {file}:{line}: raise SystemExit(3)", "mend that line"),
+    ("runs_out", (RM,), "raised StopIteration at {file}:{line}: return next(", "mend that line"),
+    ("awaits_what_runs_out", (RM,), "raised StopIteration at {file}:{line}: return next(", "mend that line"),
+    ("raises_the_unspeakable", (RM,), "Unspeakable: (str of it raised RuntimeError) at {file}:{line}: raise U", "mend"),
     ("wants_metadata", (RM,), "KeyError: 'answer' at {file}:{line}: return float(", "mend that line"),
     ("returns_none", (RM,), "{file}:{line} returned None, expected a number", "does every branch of"),
     ("returns_nan", (RM,), "{file}:{line} returned float nan, expected a finite number", "look for a division"),
@@ -137,6 +140,23 @@ def test_bad_ones_are_refused(name: str, flags: tuple[str, ...], found: str, rem
     assert lines[1].startswith("  found     ") and expected in lines[1]
     assert any(line.startswith("  remedy    ") and remedy in line for line in lines)
     assert "Traceback" not in done.err
+
+
+def test_a_class_that_exits_when_it_is_made() -> None:
+    done = check(RM, "ExitsWhenMade")
+    assert done.status == 2
+    assert "making an object of the class raised SystemExit: 4 at " in done.err
+    assert ": raise SystemExit(4)" in done.err
+
+
+def test_long_messages_are_cut_and_keep_their_indentation() -> None:
+    done = check(RM, "talks_a_lot")
+    found = done.err.partition("  found     ")[2].partition("  remedy ")[0].splitlines()
+    assert found[0] == "ValueError: first"
+    assert all(line.startswith(12 * " ") for line in found[1:])
+    assert any("more characters) ..." in line for line in found)
+    assert any(f"at {os.path.relpath(PLUG_INS)}:" in line for line in found)
+    assert len(done.err) < 5000
 
 
 STUCK = [

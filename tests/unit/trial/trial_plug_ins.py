@@ -61,6 +61,35 @@ def exits(args, sample):
     raise SystemExit(3)
 
 
+def runs_out(args, sample):
+    return next(iter([]))
+
+
+async def awaits_what_runs_out(args, sample):
+    return next(iter([]))
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def raises_the_unspeakable(args, sample):
+    raise Unspeakable
+
+
+def talks_a_lot(args, sample):
+    raise ValueError("first\n" + "A" * 1_000_000)
+
+
+class ExitsWhenMade:
+    def __init__(self):
+        raise SystemExit(4)
+
+    def __call__(self, args, sample):
+        return 1.0
+
+
 def wants_metadata(args, sample):
     return float(sample.metadata["answer"] == 1)
 
