@@ -98,6 +98,8 @@ class Driver:
         if run.trainer is not None:
             with run.clock.training():
                 trained = await run.trainer.train(rollout_id, report)
+        run.watch.plug_ins_called(rollout_id)  # before the checkpoint: a resume begins with the next rollout
+        if run.trainer is not None:
             before = time.perf_counter()
             saved = await self._save_if_due(rollout_id)
             saving_s = time.perf_counter() - before

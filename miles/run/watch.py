@@ -102,6 +102,11 @@ class Watch:
 
     # ---- rollouts ------------------------------------------------------------------------------------------------
 
+    def plug_ins_called(self, rollout_id: int) -> None:
+        """The calls of a rollout, from its prompts to its last optimizer step."""
+        step = compute_rollout_step(self.args, rollout_id)
+        self.tracker.log({**self.hooks.rollout_stats(), "rollout/step": step}, step_key="rollout/step")
+
     def rollout_done(self, report: RolloutReport, trained: TrainReport | None, seconds: float) -> None:
         """One rollout from its first prompt to the new weights, in `seconds`."""
         self.clock.weights_updated()

@@ -80,8 +80,10 @@ def test_a_worker_that_was_killed_is_replaced_without_a_failed_score(pool: Grade
     assert asyncio.run(pool.grade("sympy", SAME)) is True
 
 
-def test_a_worker_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [])
+def test_a_worker_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "miles").mkdir()
+    (tmp_path / "miles" / "__init__.py").touch()  # hides the package from a new process
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     made = GraderPool(max_workers=1)
     with pytest.raises(GraderError, match=r"ended twice in a row, lastly with status 1: .*No module named 'miles"):
         asyncio.run(made.grade("sympy", SAME))
