@@ -81,11 +81,12 @@ def test_a_worker_that_was_killed_is_replaced_without_a_failed_score(pool: Grade
 
 
 def test_a_worker_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "miles").mkdir()
-    (tmp_path / "miles" / "__init__.py").touch()  # hides the package from a new process
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no libpython here >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
     made = GraderPool(max_workers=1)
-    with pytest.raises(GraderError, match=r"ended twice in a row, lastly with status 1: .*No module named 'miles"):
+    with pytest.raises(GraderError, match=r"ended twice in a row, lastly with status 1: .*no libpython here"):
         asyncio.run(made.grade("sympy", SAME))
     assert made.pids == []
 
