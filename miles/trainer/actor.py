@@ -46,7 +46,7 @@ from miles.observe.timers import Timer
 from miles.observe.tracking import Tracker
 from miles.trainer.advantages import advantage_inputs
 from miles.trainer.backend import Backend, MicroLoss, ModelOutput
-from miles.trainer.report import mean_columns
+from miles.trainer.report import column_sums, means_of
 from miles.weights import WeightTransport
 
 # Metrics to which a sample of exactly zero gradient would contribute; their mean is over the samples that ran.
@@ -59,6 +59,10 @@ OVER_SAMPLES_THAT_RAN = (
     "tis_abs",
     "tis_clipfrac",
 )
+
+
+# Under this name ranks tell each other how many tokens they have trained on.
+TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ class TrainActor:
         if before is not None:
             before(self.args, self.backend.model_chunks, "")
         column = shard.response_columns.setdefault("log_probs", torch.full((len(shard.loss_masks),), math.nan))
-        if len(rows) == 0 or (self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics):
+        if self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics:
             return
         micros = self._micro_batches(shard, rows)
         for micro, values in zip(micros, self.backend.forward_only(micros, self._read_log_probs)):
@@ -241,7 +245,7 @@ class TrainActor:
     ) -> dict[str, float]:
         run = rows[~self._skip[rows]]
         own = (shard.mask_sums[rows].sum(), len(run), shard.mask_sums[run].sum(), shard.num_dropped(rows))
-        counts = self.backend.sum_over_ranks(torch.tensor([float(n) for n in own]))
+        counts = self.backend.sum_over_ranks(torch.tensor([float(n) for n in own], dtype=torch.float64))
         num_tokens, ran, ran_tokens, dropped = (int(n) for n in counts.tolist())
         num_samples = global_batch_size - dropped
         scale = loss_scale(self.settings, num_samples, num_tokens, dp_size=self.backend.parallel.dp_cp_size)
@@ -270,11 +274,11 @@ class TrainActor:
             f"train/{name}": value / (over_ran if name in OVER_SAMPLES_THAT_RAN else total)
             for name, value in self._summed(results).items()
         }
-        if not results:  # every sample had exactly zero gradient, and so exactly zero loss
+        if ran == 0:  # every sample had exactly zero gradient, and so exactly zero loss
             metrics["train/loss"] = 0.0
         metrics["train/grad_norm"] = outcome.grad_norm
         metrics["train/lr-pg_0"] = outcome.lr
-        metrics["train/exactly_zero_samples"] = len(rows) - len(run)
+        metrics["train/exactly_zero_samples"] = global_batch_size - ran
         metrics["train/skipped_step"] = float(outcome.skipped)
         metrics["train/step"] = rollout_id * num_steps + step_id
         self.tracker.log(metrics, step_key="train/step")
@@ -282,18 +286,21 @@ class TrainActor:
 
     def _summed(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         """Metrics over all micro batches and ranks. All micro batches must report the same ones."""
-        if not results:
-            return {}
-        names = list(results[0])
-        if not names and not any(results):  # a loss of the user's own may report none
-            return {}
-        for other in results[1:]:
-            if list(other) != names:
-                found = f"expected the same metrics from every micro batch, got {names} and {list(other)}"
+        own: dict[str, float] = {}
+        if results and any(results):  # a loss of the user's own may report none
+            self._check_names([list(r) for r in results])
+            table = torch.stack([torch.stack([r[name].float() for name in results[0]]) for r in results])
+            own = dict(zip(results[0], table.sum(0).tolist()))
+        ranks = [values for values in self.backend.gather_over_ranks(own) if values]
+        self._check_names([list(values) for values in ranks])
+        return {name: sum(values[name] for values in ranks) for name in (ranks[0] if ranks else ())}
+
+    def _check_names(self, names: list[list[str]]) -> None:
+        for other in names[1:]:
+            if other != names[0]:
+                found = f"expected the same metrics from every micro batch, got {names[0]} and {other}"
                 self.hooks.reject(found, "custom_loss_function")
                 raise UsageError(f"--loss-type {self.settings.loss_type}: {found}.")
-        table = torch.stack([torch.stack([r[name].float() for name in names]) for r in results])
-        return dict(zip(names, self.backend.sum_over_ranks(table.sum(0)).tolist()))
 
     def _loss(self, shard: TrainBatch, micro: PackedBatch, output: ModelOutput, scale: float) -> MicroLoss:
         columns = {name: micro.column(flat) for name, flat in shard.flat_columns().items()}
@@ -365,8 +372,9 @@ class TrainActor:
         """Weight updates and saves count for the rollout that they precede."""
         seconds = self.timers.log_dict()
         self.timers.reset()
-        tokens = int(shard.total_lengths.sum())
-        metrics = {f"rollout/{name}": value for name, value in mean_columns(shard).items()}
+        ranks = self.backend.gather_over_ranks({**column_sums(shard), TOKENS: float(shard.total_lengths.sum())})
+        tokens = sum(values[TOKENS] for values in ranks)
+        metrics = {f"rollout/{name}": value for name, value in means_of(ranks).items()}
         metrics |= {
             **timer_metrics(seconds),
             "perf/actor_train_tok_per_s": tokens / seconds["actor_train"] if seconds["actor_train"] > 0 else 0.0,

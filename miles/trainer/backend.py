@@ -91,13 +91,17 @@ class Backend(Protocol):
     def forward_only(
         self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]
     ) -> list[T]:
-        """`read` of every micro batch in evaluation mode, without gradients."""
+        """`read` of every micro batch in evaluation mode, without gradients. Ranks may have unequal numbers of micro
+        batches, or none; all of them must call this, and `forward_backward`, equally often."""
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[dict[str, Tensor]]:
         """Accumulate the gradients of all micro batches; their metrics in the same order."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Summed over data- and context-parallel ranks, for metrics and token counts."""
+
+    def gather_over_ranks(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
+        """Named numbers of every rank, in the order of the ranks; names may differ between ranks."""
 
     def zero_grad(self) -> None: ...
 
@@ -108,7 +112,8 @@ class Backend(Protocol):
         """Forget the moments and step counts (`--reset-optimizer-states`)."""
 
     def weights(self) -> Mapping[str, Tensor]:
-        """All weights under their Hugging Face names. One process returns the live tensors, without a copy."""
+        """All weights under their Hugging Face names, live and without a copy: whole tensors in one process, this
+        rank's shards (DTensor) in several."""
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
         """Model, optimizer and schedule under `folder`, which exists and is empty."""

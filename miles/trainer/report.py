@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from miles.errors import UsageError
 from miles.observe.jsonable import as_number
 from miles.trainer.advantages import teacher_column
 
+COUNT = ":count"
+
 
 def mean_columns(batch: TrainBatch) -> dict[str, float]:
     """Column name -> mean over samples; of token columns the mean over each sample's trained tokens first.
@@ -21,6 +24,24 @@ def mean_columns(batch: TrainBatch) -> dict[str, float]:
     Failed rows and tokens that were never computed (NaN) take no part. Columns without numbers are left out.
 
     Example: `{"response_lengths": 30.2, "total_lengths": 38.2, "rewards": 0.0, "raw_reward": 0.27, "log_probs": -0.3}`
+    """
+    return means_of([column_sums(batch)])
+
+
+def means_of(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The means over the shards of all ranks, from the `column_sums` of each."""
+    totals: dict[str, float] = {}
+    for sums in ranks:
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + value
+    names = [name.removesuffix(COUNT) for name in totals if name.endswith(COUNT)]
+    return {name: totals[name] / totals[name + COUNT] for name in names}
+
+
+def column_sums(batch: TrainBatch) -> dict[str, float]:
+    """What `means_of` adds up: per column the sum, and under `<name>:count` over how many samples.
+
+    Example: `{"raw_reward": 34.0, "raw_reward:count": 128.0, ...}`
     """
     valid = ~batch.failed
     columns: dict[str, Any] = {
@@ -31,20 +52,20 @@ def mean_columns(batch: TrainBatch) -> dict[str, float]:
         "truncated": batch.truncated,
         "round_number": batch.round_number,
     }
-    means = {}
+    sums: dict[str, float] = {}
     for name, column in columns.items():
         numbers = _numbers(column, valid)
         if numbers is not None and len(numbers):
-            means[name] = float(numbers.mean())
+            sums |= {name: float(numbers.sum()), name + COUNT: float(len(numbers))}
     columns_over_tokens = batch.flat_columns()
     if batch.teacher_log_probs is not None:
         with contextlib.suppress(UsageError):  # of no form that could be trained on, which only some estimators ask for
             columns_over_tokens["teacher_log_probs"] = teacher_column(batch)
     for name, flat in columns_over_tokens.items():
-        value = _token_mean(flat.float(), batch)
-        if value is not None:
-            means[name] = value
-    return means
+        total, count = _token_means(flat.float(), batch)
+        if count:
+            sums |= {name: total, name + COUNT: float(count)}
+    return sums
 
 
 def _numbers(column: Any, valid: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, Any] | None:
@@ -57,8 +78,8 @@ def _numbers(column: Any, valid: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndar
     return np.asarray(kept, dtype=np.float64)
 
 
-def _token_mean(flat: Tensor, batch: TrainBatch) -> float | None:
-    """Mean over samples of the mean over the sample's trained tokens."""
+def _token_means(flat: Tensor, batch: TrainBatch) -> tuple[float, int]:
+    """The sum over samples of the mean over the sample's trained tokens, and how many samples have one."""
     mask = torch.from_numpy(batch.loss_masks) != 0
     known = mask & ~flat.isnan()
     lengths = torch.from_numpy(batch.response_lengths)
@@ -66,4 +87,4 @@ def _token_mean(flat: Tensor, batch: TrainBatch) -> float | None:
     counts = torch.zeros(len(lengths)).index_add(0, ids, known.float())
     sums = torch.zeros(len(lengths)).index_add(0, ids, torch.where(known, flat, 0.0))
     counted = counts > 0
-    return float((sums[counted] / counts[counted]).mean()) if counted.any() else None
+    return float((sums[counted] / counts[counted]).sum()), int(counted.sum())

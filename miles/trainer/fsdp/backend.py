@@ -1,7 +1,8 @@
-"""The fsdp backend: the Hugging Face model itself, on packed rows. One process, which needs no process group.
+"""The fsdp backend: the Hugging Face model itself, on packed rows.
 
-Several processes shard this same model with `torch.distributed.fsdp.fully_shard`: `weights()` then gathers, and `save`
-writes one file per process; callers see no difference.
+One process needs no process group. Several cut this same model into shards (`shard`) and run the same passes on samples
+of their own: a rank with fewer micro batches than another runs the rest on one token, without a gradient, because every
+pass gathers weights from all of them. Gradients are averaged over ranks, so that the actor's scale is the published one.
 """
 
 from __future__ import annotations
@@ -9,37 +10,55 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from miles.batch.pack import PackedBatch
 from miles.config import OptimizerConfig, TrainConfig
-from miles.errors import CheckpointError
-from miles.loss.parallel_state import ParallelState
 from miles.trainer.backend import LossFn, ModelOutput, StepResult
+from miles.trainer.fsdp import checkpoint
 from miles.trainer.fsdp.attention import Packing
-from miles.trainer.fsdp.model import load_model, load_owned, owned_tensors
+from miles.trainer.fsdp.model import load_model, owned_tensors
+from miles.trainer.fsdp.shard import reshard, shard
+from miles.trainer.ranks import Ranks
 from miles.trainer.schedule import ParamScheduler, Schedule
+from miles.weights.gather import gathered
 
 T = TypeVar("T")
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
+# Whole tensors that an export gathers at a time.
+EXPORT_BUCKET_BYTES = 512 * 1024**2
+
 
 class FsdpBackend:
     """Implements `miles.trainer.backend.Backend`."""
 
-    def __init__(self, hf_checkpoint: str, train: TrainConfig, optimizer: OptimizerConfig) -> None:
-        self.parallel = ParallelState.single_process()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(
+        self,
+        hf_checkpoint: str,
+        train: TrainConfig,
+        optimizer: OptimizerConfig,
+        ranks: Ranks | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.ranks = ranks or Ranks.alone()
+        self.parallel = self.ranks.parallel_state()
+        self.device = own_device()
         self.source = hf_checkpoint
-        self.model = load_model(
-            hf_checkpoint, dtype=torch.float32, gradient_checkpointing=train.gradient_checkpointing
-        ).to(self.device)
+        self.model = load_model(hf_checkpoint, dtype=dtype, gradient_checkpointing=train.gradient_checkpointing)
+        if self.ranks.mesh is not None:
+            shard(self.model, self.ranks.mesh, param_dtype=None, cpu_offload=train.fsdp_cpu_offload)
+        if not train.fsdp_cpu_offload:
+            self.model.to(self.device)
+        self._idle = one_token(self.device)
         self.model_chunks = [self.model]
         self.has_dropout = any(
             isinstance(value, float) and value > 0
@@ -64,34 +83,53 @@ class FsdpBackend:
     # ---- passes --------------------------------------------------------------------------------------------------
 
     def _forward(self, micro: PackedBatch) -> ModelOutput:
-        out = self.model.base_model(
-            input_ids=micro.tokens[None],
-            position_ids=micro.position_ids[None],
-            use_cache=False,
-            packing=Packing.of(micro.cu_seqlens, micro.row_places),
-        )
-        return ModelOutput(out.last_hidden_state[0], self.model.get_output_embeddings().weight)
+        inputs = {
+            "input_ids": micro.tokens[None],
+            "position_ids": micro.position_ids[None],
+            "use_cache": False,
+            "packing": Packing.of(micro.cu_seqlens, micro.row_places),
+        }
+        if self.ranks.mesh is None:
+            hidden = self.model.base_model(**inputs).last_hidden_state
+        else:
+            hidden = self.model.hidden_states(**inputs)
+        return ModelOutput(hidden[0], self.model.get_output_embeddings().weight)
+
+    def _missing(self, micro_batches: Sequence[PackedBatch]) -> int:
+        """How many passes this rank has to make only because another one has that many more."""
+        return self.ranks.largest(len(micro_batches)) - len(micro_batches)
 
     def forward_only(
         self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]
     ) -> list[T]:
+        missing = self._missing(micro_batches)
         self.model.eval()
         try:
             with torch.no_grad():
-                return [read(micro, self._forward(micro)) for micro in micro_batches]
+                results = [read(micro, self._forward(micro)) for micro in micro_batches]
+                for _ in range(missing):
+                    self._forward(self._idle)
+                return results
         finally:
             self.model.train()
+            reshard(self.model)
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[dict[str, Tensor]]:
-        metrics = []
+        missing, metrics = self._missing(micro_batches), []
         for micro in micro_batches:
             result = loss_fn(micro, self._forward(micro))
             result.loss.backward()
             metrics.append(result.metrics)
+        for _ in range(missing):
+            hidden = self._forward(self._idle).hidden
+            hidden.backward(torch.zeros_like(hidden))
         return metrics
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        return values
+        return self.ranks.sum(values)
+
+    def gather_over_ranks(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
+        return self.ranks.gather(values)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -101,7 +139,8 @@ class FsdpBackend:
             if p.grad is None:  # every sample of the step had exactly zero gradient
                 p.grad = torch.zeros_like(p)
         max_norm = self.clip_grad if self.clip_grad > 0 else math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.params, max_norm))
+        total = torch.nn.utils.clip_grad_norm_(self.params, max_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         lr = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(norm):
             self.zero_grad()
@@ -123,22 +162,21 @@ class FsdpBackend:
     # ---- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
-        (folder / "model").mkdir()
-        save_file(contiguous(owned_tensors(self.model)), folder / "model" / "model.safetensors")
+        checkpoint.write(folder / "model", owned_tensors(self.model), self.ranks)
         if with_optimizer:
-            (folder / "optimizer").mkdir()
-            save_file(contiguous(self._moments()), folder / "optimizer" / "optimizer.safetensors")
-            (folder / "lr_scheduler").mkdir()
-            state = {"num_steps": torch.tensor(self.scheduler.num_steps)}
-            save_file(state, folder / "lr_scheduler" / "lr_scheduler.safetensors")
+            checkpoint.write(folder / "optimizer", self._moments(), self.ranks)
+            schedule = {"num_steps": torch.tensor(self.scheduler.num_steps)}
+            checkpoint.write(folder / "lr_scheduler", schedule, self.ranks)
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
-        load_owned(self.model, read_tensors(folder / "model" / "model.safetensors"), folder)
-        moments = folder / "optimizer" / "optimizer.safetensors"
-        if with_optimizer and moments.exists():
-            self._load_moments(read_tensors(moments))
-            state = read_tensors(folder / "lr_scheduler" / "lr_scheduler.safetensors")
-            self.scheduler.load_state_dict({"num_steps": int(state["num_steps"])})
+        checkpoint.read_into(folder / "model", owned_tensors(self.model))
+        if with_optimizer and (folder / "optimizer").is_dir():
+            if checkpoint.shapes(folder / "optimizer"):  # none where every step so far was skipped
+                self._make_moments()
+                checkpoint.read_into(folder / "optimizer", self._moments())
+            schedule = {"num_steps": torch.tensor(0)}
+            checkpoint.read_into(folder / "lr_scheduler", schedule)
+            self.scheduler.load_state_dict({"num_steps": int(schedule["num_steps"])})
 
     def _moments(self) -> dict[str, Tensor]:
         """`<moment>.<parameter>` -> tensor, for every parameter that has been stepped."""
@@ -149,34 +187,55 @@ class FsdpBackend:
             for key in MOMENTS
         }
 
-    def _load_moments(self, stored: dict[str, Tensor]) -> None:
-        for name, p in self.model.named_parameters():
-            if f"step.{name}" in stored:
-                self.optimizer.state[p] = {key: stored[f"{key}.{name}"].to(p.device) for key in MOMENTS}
+    def _make_moments(self) -> None:
+        """What the first step would make: the places that a checkpoint is read into."""
+        for p in self.params:
+            self.optimizer.state[p] = {
+                "step": torch.tensor(0.0, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
 
     def export_hf(self, folder: Path) -> None:
         from miles.rollout.tokenizer import load_tokenizer
 
         # In the dtype of the folder that training started from: an export is a drop-in for it.
         config = type(self.model.config).from_pretrained(self.source)
-        state = {name: tensor.to(config.dtype) for name, tensor in owned_tensors(self.model).items()}
+        state = {
+            name: tensor.to(config.dtype)
+            for bucket in gathered(owned_tensors(self.model), EXPORT_BUCKET_BYTES)
+            for name, tensor in bucket.items()
+        }
+        if self.ranks.rank != 0:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
-        save_file(contiguous(state), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(checkpoint.contiguous(state), folder / "model.safetensors", metadata={"format": "pt"})
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
         load_tokenizer(self.source, trust_remote_code=True).save_pretrained(folder)
 
 
-def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def own_device() -> torch.device:
+    """The GPU of this process where there is one (a rank is given its own), else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"--load: {path} cannot be read ({error}). Expected a file that `--save` wrote; an older checkpoint "
-            "can be named through latest_checkpointed_iteration.txt in the same folder."
-        ) from error
+def one_token(device: torch.device) -> PackedBatch:
+    """The smallest micro batch there is: one row of one token, which no loss ever sees."""
+    zero, none = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    return PackedBatch(
+        rows=np.empty(0, dtype=np.int64),
+        tokens=zero,
+        position_ids=zero,
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        row_places=zero,
+        max_seqlen=1,
+        total_lengths=[1],
+        response_lengths=[0],
+        predicting=none,
+        targets=none,
+        sample_ids=none,
+        loss_mask=none.int(),
+        response_places=none,
+    )

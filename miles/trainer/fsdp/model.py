@@ -66,27 +66,6 @@ def owned_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return owned
 
 
-def load_owned(model: torch.nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Copy `tensors` into `model`; CheckpointError that lists what does not fit."""
-    expected = owned_tensors(model)
-    problems = [f"{n}: not in the checkpoint" for n in expected if n not in tensors]
-    problems += [f"{n}: not in the model" for n in tensors if n not in expected]
-    problems += [
-        f"{n}: {list(tensors[n].shape)} in the checkpoint, {list(t.shape)} in the model"
-        for n, t in expected.items()
-        if n in tensors and tensors[n].shape != t.shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise CheckpointError(
-            f"--load {where}: the checkpoint is of another architecture than --hf-checkpoint:\n  {shown}\n"
-            "Give the model folder that the run was started from, or leave out --load."
-        )
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(tensors[name])
-
-
 def describe(model: PreTrainedModel) -> dict[str, Any]:
     """What a checkpoint notes about its model."""
     return {"architecture": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
