@@ -9,6 +9,7 @@
     │   └── HookReport        all problems of all plug-ins of a run, found before it starts
     ├── HookError             plug-in code failed while the run was going: error card, exit status 1
     │   └── ErrorBudgetExceeded   too many tolerated failures in one rollout
+    ├── TrainerError          a process of the trainer failed or died
     ├── EngineError           an engine answered with an error, or not at all
     └── RunStopped            the user asked to stop (SIGINT, SIGTERM): exit status 130
 
@@ -106,6 +107,10 @@ class EngineError(MilesError):
     def __init__(self, message: str, *, status: int | None = None) -> None:
         self.status = status
         super().__init__(message)
+
+
+class TrainerError(MilesError):
+    """One of several trainer processes failed or died. The message names it and holds what it said last."""
 
 
 class RunStopped(MilesError):

@@ -103,7 +103,7 @@ def apply_statuses(draft: Draft) -> None:
 
 
 def one_trainer_process(draft: Draft) -> None:
-    draft.substitute("actor_num_gpus_per_node", 1, "training runs in one process.")
+    draft.substitute("actor_num_gpus_per_node", 1, "give a number to train in several processes.")
     draft.substitute("num_gpus_per_node", max(1, local_gpus()), "that is what this machine has.")
 
 
@@ -231,6 +231,38 @@ def batch_size(draft: Draft) -> None:
             remedy="Leave one of the two out.",
         )
     draft.fill("global_batch_size", size)
+
+
+def trainer_processes(draft: Draft) -> None:
+    """Whether as many processes as are asked for can run here, and can share an optimizer step equally."""
+    world, gpus = draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"], local_gpus()
+    if draft["debug_rollout_only"]:
+        return
+    if world == 1:
+        for name, why in OF_SEVERAL_PROCESSES.items():
+            if draft.given(name) and draft[name] != FLAGS[name].default:
+                draft.notices.append(f"{draft.option(name)} {draft[name]}: no meaning here, {why}")
+        return
+    option = draft.option("actor_num_gpus_per_node")
+    if gpus and world > gpus:
+        raise FlagError(option, given=world, expected=f"at most {gpus}, the GPUs of this machine")
+    expected = ("nccl", "gloo") if gpus else ("gloo",)
+    if draft["distributed_backend"] not in expected:
+        raise FlagError("--distributed-backend", given=draft["distributed_backend"], expected=" or ".join(expected))
+    size = draft["global_batch_size"]
+    if size is not None and size % world and not draft["use_dynamic_global_batch_size"]:
+        raise FlagError(
+            "--global-batch-size", given=size, expected=f"a multiple of {world}, the trainer's processes ({option})"
+        )
+
+
+OF_SEVERAL_PROCESSES = {
+    "distributed_backend": "one trainer process has nobody to talk to.",
+    "distributed_timeout_minutes": "one trainer process has nobody to wait for.",
+    "update_weight_buffer_size": "the engine reads the weights of one trainer process in place.",
+    "train_env_vars": "one trainer process is this one; set them in the shell.",
+}
+"""Flags that only a trainer in several processes reads, and why one has no use for them."""
 
 
 def rollout_size(draft: Draft) -> None:
@@ -402,6 +434,7 @@ EFFECTS: list[Rule] = [
     clip_range,
     rollout_size,
     batch_size,
+    trainer_processes,
     trimming,
     group_of_one,
     over_sampling,

@@ -27,6 +27,11 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, KEEP_BELOW_BYTES)
 
 
+def memory_environment() -> dict[str, str]:
+    """`keep_freed_memory` for processes that are yet to start: glibc reads these."""
+    return {"MALLOC_TRIM_THRESHOLD_": str(KEEP_BELOW_BYTES), "MALLOC_MMAP_THRESHOLD_": str(KEEP_BELOW_BYTES)}
+
+
 def forget_imports() -> None:
     """Exempt everything that exists from garbage collection: what imports left is never garbage.
 

@@ -1,13 +1,13 @@
 """Everything of a local run, put together in order and taken apart again.
 
     run directory ── who else is using it is found out first
-    backend ──────── the model, restored from --load where there is a checkpoint
-    engine ───────── on the same tensors; serves the protocol on loopback, so that plug-ins can post to it
+    trainer ──────── loads the model, here or in processes of its own (`trainers`)
+    engine ───────── on the same weights; serves the protocol on loopback, so that plug-ins can post to it
     manager ──────── data source, rollout functions
-    actor ────────── losses, optimizer steps, weight updates
+    actor ────────── losses, optimizer steps, weight updates; restored from --load where there is a checkpoint
     driver ───────── `miles.run.train`
 
-The trainer, the engine and the manager share this process. On a cluster the same classes are built inside Ray actors;
+The engine and the manager share this process, and so does a trainer that is one process. On a cluster the same classes are built inside Ray actors;
 `Run` is all the driver ever sees.
 """
 
@@ -44,14 +44,11 @@ from miles.rollout import context
 from miles.rollout.loop_thread import get_async_loop
 from miles.rollout.singleton import SingletonMeta
 from miles.rollout.tokenizer import load_tokenizer
-from miles.run import host, resume, serve
+from miles.run import host, resume, serve, trainers
 from miles.run.manager import RolloutManager
-from miles.run.roles import EngineThread, RoleThread, RolloutRole, TrainRole
+from miles.run.roles import RolloutRole, TrainRole
 from miles.run.watch import Watch
-from miles.trainer.actor import TrainActor
-from miles.trainer.fsdp.backend import FsdpBackend
 from miles.trainer.schedule import schedule_of
-from miles.weights.in_process import InProcess
 
 # Requests that decode together; the rest wait. More cost memory for keys and values and gain little on a CPU.
 DEFAULT_RUNNING_REQUESTS = 256
@@ -84,12 +81,12 @@ class Run:
 
     def _write_checkpoint(self, rollout_id: int, served: bool) -> None:
         assert self.trainer is not None and self.config.checkpoint.save is not None
-        actor, checkpoint = self.trainer.actor, self.config.checkpoint
+        trainer, checkpoint = self.trainer.trainer, self.config.checkpoint
         meta = resume.new_meta(
             rollout_id,
-            steps=actor.steps_done,
-            weight_version=actor.weight_version if served else actor.weight_version + 1,
-            world_size=1,
+            steps=trainer.steps_done,
+            weight_version=trainer.weight_version if served else trainer.weight_version + 1,
+            world_size=self.config.cluster.world_size,
             seed=self.config.run.seed,
         )
         folder = Path(checkpoint.save)
@@ -97,7 +94,7 @@ class Run:
             resume.write(
                 folder,
                 meta,
-                lambda folder: actor.backend.save(folder, with_optimizer=not checkpoint.no_save_optim),
+                lambda folder: trainer.save(folder, with_optimizer=not checkpoint.no_save_optim),
                 lambda: self.rollout.manager.save(rollout_id),
             )
         if checkpoint.save_hf is not None:
@@ -112,7 +109,7 @@ class Run:
         unfinished = temporary_name(folder)
         with disk_errors(folder, flag):
             try:
-                self.trainer.actor.backend.export_hf(unfinished)
+                self.trainer.trainer.export_hf(unfinished)
                 folder.mkdir(exist_ok=True)
                 for file in unfinished.iterdir():
                     os.replace(file, folder / file.name)
@@ -152,11 +149,8 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     install_tracker(tracker)
     stack.callback(install_tracker, None)
     _prepare_process(config, stack)
-    backend = None
-    if not config.debug.debug_rollout_only:
-        folder = str(config.rollout.hf_checkpoint)
-        backend = in_passing_thread(lambda: FsdpBackend(folder, config.train, config.optimizer))
-    engine, client = _start_engine(config, args, backend, stack)
+    loaded = None if config.debug.debug_rollout_only else trainers.load(config, record.path, stack)
+    engine, client = _start_engine(config, args, loaded, stack)
     context.install(None if client is None else context.RunContext(hooks=hooks, client=client, seeds_each_sample=True))
     stack.callback(context.install, None)
     stack.callback(SingletonMeta.clear_all_instances)  # the next run of this process has settings of its own
@@ -165,7 +159,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     if start_rollout_id is None:
         start_rollout_id = 0 if checkpoint is None else checkpoint.meta.next_rollout_id
     args.start_rollout_id = start_rollout_id
-    manager = RolloutManager(config, args, hooks, client, tracker, record, dp_size=lambda: 1)
+    manager = RolloutManager(config, args, hooks, client, tracker, record, dp_size=lambda: config.cluster.world_size)
     per_epoch = manager.num_rollout_per_epoch() if config.data.num_epoch is not None else None
     num_rollout = config.data.num_rollout
     if num_rollout is None:
@@ -174,22 +168,16 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     args.num_rollout = num_rollout
 
     trainer = None
-    if backend is not None:
-        backend.use_schedule(schedule_of(config.optimizer, num_rollout * (config.data.steps_per_rollout or 1)))
-        actor = TrainActor(
-            backend,
-            config,
-            args,
-            hooks,
-            tracker,
-            transport=InProcess(engine) if engine is not None else None,
-            on_step=clock.optimizer_step,
-        )
+    if loaded is not None:
+        schedule = schedule_of(config.optimizer, num_rollout * (config.data.steps_per_rollout or 1))
+        given = trainers.Surroundings(args, hooks, tracker, schedule, engine, clock.optimizer_step)
+        trainer = loaded.role(given)
         if checkpoint is not None:
             meta = checkpoint.meta
             # The update before the first rollout counts the version up to what it was.
-            actor.restore(checkpoint.folder, weight_version=meta.weight_version - 1, steps_done=meta.global_step)
-        trainer = TrainRole(actor, RoleThread("train") if engine is None else EngineThread(engine))
+            trainer.trainer.restore(
+                checkpoint.folder, weight_version=meta.weight_version - 1, steps_done=meta.global_step
+            )
         stack.callback(trainer.close)
     manager.load(start_rollout_id - 1)
     if checkpoint is not None:
@@ -251,7 +239,7 @@ def _open_record(config: RunConfig, *, resuming: bool) -> RunRecord:
 
 
 def _start_engine(
-    config: RunConfig, args: Namespace, backend: FsdpBackend | None, stack: ExitStack
+    config: RunConfig, args: Namespace, loaded: trainers.LoadedTrainer | None, stack: ExitStack
 ) -> tuple[EmbeddedEngine | None, EngineClient | None]:
     """The embedded engine on the trainer's own tensors (or on the folder's, without a trainer), and its server."""
     if config.debug.debug_train_only:
@@ -265,12 +253,12 @@ def _start_engine(
     }
 
     def build() -> EmbeddedEngine:
-        if backend is None:
+        if loaded is None:
             return EmbeddedEngine.from_folder(folder, **options)
         tokenizer, hf_config = load_tokenizer(folder, trust_remote_code=True), load_config(folder)
         return EmbeddedEngine(
             hf_config,
-            backend.weights(),
+            loaded.weights(),
             tokenizer,
             eos_token_ids=end_of_sequence_ids(hf_config, tokenizer, folder),
             model_path=folder,

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 if TYPE_CHECKING:
     from miles.engine.embedded.engine import EmbeddedEngine
     from miles.run.manager import EvalReport, RolloutManager, RolloutReport
-    from miles.trainer.actor import TrainActor, TrainReport
+    from miles.trainer.actor import TrainReport
+    from miles.trainer.trainer import Trainer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -99,29 +100,30 @@ class RolloutRole:
 
 
 class TrainRole:
-    """Whoever turns batches into weights: the actor; later a critic and a reference beside it."""
+    """Whoever turns batches into weights: an actor in this process, or a group of ranks; each call waits for all."""
 
-    def __init__(self, actor: TrainActor, thread: RoleThread | EngineThread) -> None:
-        self.actor, self._thread = actor, thread
+    def __init__(self, trainer: Trainer, thread: RoleThread | EngineThread) -> None:
+        self.trainer, self._thread = trainer, thread
 
     async def train(self, rollout_id: int, rollout: RolloutReport) -> TrainReport:
         """Train on a rollout; every data-parallel rank takes its shard."""
-        rank = self.actor.backend.parallel.dp_rank
-        return await self._thread.call(self.actor.train, rollout_id, rollout.shards[rank], rollout.global_batch_size)
+        return await self._thread.call(
+            self.trainer.train_shards, rollout_id, rollout.shards, rollout.global_batch_size
+        )
 
     async def update_weights(self) -> int:
         """Hand the weights to the engines; the version that they serve from now on."""
-        return await self._thread.call(self.actor.update_weights)
+        return await self._thread.call(self.trainer.update_weights)
 
     async def call(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `fn` where this role's calls run, after those before it (saving, exporting)."""
         return await self._thread.call(fn, *args, **kwargs)
 
     async def offload(self) -> None:
-        await self._thread.call(self.actor.offload)
+        await self._thread.call(self.trainer.offload)
 
     async def onload(self) -> None:
-        await self._thread.call(self.actor.onload)
+        await self._thread.call(self.trainer.onload)
 
     def close(self) -> None:
         self._thread.close()

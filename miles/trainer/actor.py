@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -134,6 +134,10 @@ class TrainActor:
         self.timers.add("train", end - begin)
         self._log_rollout(rollout_id, shard)
         return TrainReport(rollout_id, len(steps), metrics)
+
+    def train_shards(self, rollout_id: int, shards: Sequence[TrainBatch], global_batch_size: int) -> TrainReport:
+        """`train` on the one of `shards` that is this rank's."""
+        return self.train(rollout_id, shards[self.backend.parallel.dp_rank], global_batch_size)
 
     def _prepare(self, rollout_id: int, shard: TrainBatch, steps: list[IntArray]) -> None:
         """Fill the columns that losses read: advantages, returns, old log-probs."""
@@ -361,6 +365,14 @@ class TrainActor:
         """Continue from a checkpoint: weights, optimizer, schedule, counters."""
         self.backend.load(folder, with_optimizer=True)
         self.weight_version, self.steps_done = weight_version, steps_done
+
+    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+        """What `restore` reads, under `folder`, which exists and is empty."""
+        self.backend.save(folder, with_optimizer=with_optimizer)
+
+    def export_hf(self, folder: Path) -> None:
+        """A Hugging Face model folder."""
+        self.backend.export_hf(folder)
 
     def offload(self) -> None:
         """Free the device for the engines: nothing to do where both share the same tensors."""

@@ -65,6 +65,7 @@ DeclaredHooks = make_dataclass(
         for point in CATALOG.values()
     ],
     bases=(HooksConfig,),
+    namespace={"__module__": __name__},  # where pickle finds it
     frozen=True,
     kw_only=True,
 )

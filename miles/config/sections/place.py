@@ -19,7 +19,7 @@ from miles.config.flags import (
     not_built,
 )
 
-ONE_PROCESS = "Training in several processes"
+ONE_MACHINE = "Training on several machines"
 ONE_ENGINE = "More than one engine, or an engine on several devices,"
 SHARED_PROCESS = "trainer and engine share one process, and the engine reads the trainer's weights in place."
 
@@ -74,13 +74,13 @@ class ClusterConfig(Section):
     """Machines and devices of trainer and engines."""
 
     actor_num_nodes: int = flag(
-        1, "Nodes of the trainer.", check=at_least(1), status=not_built(ONE_PROCESS, when=above(1))
+        1, "Nodes of the trainer.", check=at_least(1), status=not_built(ONE_MACHINE, when=above(1))
     )
     actor_num_gpus_per_node: int = flag(
         8,
-        "Processes (GPUs) of the trainer on each of its nodes.",
+        "Processes of the trainer on each of its nodes, one GPU each; without GPUs they share the cores.",
         check=at_least(1),
-        status=not_built(ONE_PROCESS, when=above(1)),
+        common=True,
     )
     critic_num_nodes: int | None = flag(
         None, "Nodes of the critic; as the actor when unset.", check=at_least(1), status=not_built("The critic")
@@ -111,16 +111,9 @@ class ClusterConfig(Section):
     offload_rollout: bool | None = flag(
         None, "Release the engines' memory while training.", status=no_meaning_here(SHARED_PROCESS)
     )
-    distributed_backend: str = flag(
-        "nccl",
-        "Communication library of the trainer's processes.",
-        status=no_meaning_here("one trainer process has nobody to talk to."),
-    )
+    distributed_backend: str = flag("nccl", "Communication library of the trainer's processes: nccl or gloo.")
     distributed_timeout_minutes: int = flag(
-        10,
-        "Minutes after which a collective operation counts as stuck.",
-        check=at_least(1),
-        status=no_meaning_here("one trainer process has nobody to wait for."),
+        10, "Minutes after which a trainer process that waits for the others gives up.", check=at_least(1)
     )
 
     @property

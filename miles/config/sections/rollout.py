@@ -68,9 +68,8 @@ class RolloutConfig(Section):
     )
     update_weight_buffer_size: int = flag(
         512 * 1024**2,
-        "Bytes of one bucket when weights are sent to the engines.",
+        "Bytes of one bucket when several trainer processes hand their weights to the engines.",
         check=at_least(1),
-        status=no_meaning_here("the engine reads the trainer's weights in place; none are sent."),
     )
     update_weights_interval: int = flag(
         1,

@@ -48,9 +48,8 @@ class TrainConfig(Section):
     )
     train_env_vars: dict[str, Any] = flag(
         {},
-        "Environment variables of the trainer processes.",
+        "Environment variables of the trainer's processes, where there are several.",
         check=JSON_OBJECT,
-        status=no_meaning_here("the trainer runs in this process; set them in the shell."),
     )
     train_memory_margin_bytes: int = flag(
         1024**3,
@@ -84,13 +83,15 @@ class TrainConfig(Section):
     fsdp_state_dict_cpu_offload: bool = flag(
         False,
         "Gather checkpoints in main memory.",
-        status=no_meaning_here("one process gathers nothing."),
+        status=no_meaning_here("each process writes its own shards; nothing is gathered."),
     )
     fsdp_cpu_offload: bool = flag(
         False, "Keep parameters and optimizer in main memory.", status=not_built("CPU offload")
     )
     fsdp_cpu_backend: str = flag(
-        "gloo", "Communication library of CPU offload.", status=no_meaning_here("CPU offload is not built yet.")
+        "gloo",
+        "Communication library for tensors in main memory, beside nccl.",
+        check=Check("gloo", lambda v: v == "gloo"),
     )
     deterministic_mode: bool = flag(False, "Use deterministic kernels; on with --deterministic.")
     context_parallel_size: int = flag(

@@ -1,0 +1,96 @@
+"""Who trains: the model in this process, or in several processes of its own. `launch` sees no difference.
+
+    one process       the engine reads the trainer's own tensors; both compute in the engine's thread
+    several           the engine reads memory that rank 0 writes; the driver only waits for the ranks
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from miles.config import RunConfig
+from miles.engine.embedded.engine import EmbeddedEngine, in_passing_thread
+from miles.hooks import Hooks
+from miles.observe.tracking import Tracker
+from miles.run import host
+from miles.run.roles import EngineThread, RoleThread, TrainRole
+from miles.trainer.actor import TrainActor
+from miles.trainer.fsdp.backend import FsdpBackend
+from miles.trainer.group import RankGroup
+from miles.trainer.schedule import Schedule
+from miles.weights.in_process import InProcess
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a trainer is handed once all of it exists. `engine` is None where nothing is generated."""
+
+    args: Namespace
+    hooks: Hooks
+    tracker: Tracker
+    schedule: Schedule
+    engine: EmbeddedEngine | None
+    on_step: Callable[[], None]
+
+
+class LoadedTrainer(Protocol):
+    """A model that is loaded, and not ready to train yet."""
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """What an engine in this process may read in place."""
+
+    def role(self, given: Surroundings) -> TrainRole: ...
+
+
+def load(config: RunConfig, run_dir: Path, stack: ExitStack) -> LoadedTrainer:
+    """Load the model, or start the processes that do; they end with `stack`."""
+    if config.cluster.world_size == 1:
+        return OneProcess(config)
+    environment = {**os.environ, **host.memory_environment()}
+    return SeveralProcesses(stack.enter_context(RankGroup.start(config, run_dir / "ranks", environment)))
+
+
+class OneProcess:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        folder = str(config.rollout.hf_checkpoint)
+        self.backend = in_passing_thread(lambda: FsdpBackend(folder, config.train, config.optimizer))
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.backend.weights()
+
+    def role(self, given: Surroundings) -> TrainRole:
+        self.backend.use_schedule(given.schedule)
+        engine = given.engine
+        actor = TrainActor(
+            self.backend,
+            self.config,
+            given.args,
+            given.hooks,
+            given.tracker,
+            transport=InProcess(engine) if engine is not None else None,
+            on_step=given.on_step,
+        )
+        return TrainRole(actor, RoleThread("train") if engine is None else EngineThread(engine))
+
+
+class SeveralProcesses:
+    def __init__(self, group: RankGroup) -> None:
+        self.group = group
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.group.weights()
+
+    def role(self, given: Surroundings) -> TrainRole:
+        self.group.prepare(
+            given.args, given.hooks, given.tracker, given.schedule, engine=given.engine, on_step=given.on_step
+        )
+        return TrainRole(self.group, RoleThread("train"))

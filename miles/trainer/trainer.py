@@ -1,0 +1,36 @@
+"""What a run asks of its trainer, whether it is one process (`actor.TrainActor`) or several (`group.RankGroup`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from miles.batch import TrainBatch
+from miles.trainer.actor import TrainReport
+
+
+class Trainer(Protocol):
+    """`weight_version` is the last one that engines were given, `steps_done` counts optimizer steps of the run."""
+
+    weight_version: int
+    steps_done: int
+
+    def train_shards(self, rollout_id: int, shards: Sequence[TrainBatch], global_batch_size: int) -> TrainReport:
+        """Train on a rollout, one shard per data-parallel rank."""
+
+    def update_weights(self) -> int:
+        """Hand the weights to the engines under the next version number, which is returned."""
+
+    def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
+        """Continue from a checkpoint."""
+
+    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+        """What `restore` reads, under `folder`, which exists and is empty."""
+
+    def export_hf(self, folder: Path) -> None:
+        """A Hugging Face model folder."""
+
+    def offload(self) -> None: ...
+
+    def onload(self) -> None: ...
