@@ -214,7 +214,7 @@ class TrainActor:
             column[micro.response_places.cpu()] = values
 
     def _read_log_probs(self, micro: PackedBatch, output: ModelOutput) -> Tensor:
-        return self._current(micro, output, with_entropy=False).log_probs.cpu()
+        return self._current(micro, output, with_entropy=False).log_probs.float().cpu()
 
     def _current(self, micro: PackedBatch, output: ModelOutput, *, with_entropy: bool) -> TokenLogProbs:
         """Log-probs at the response tokens, under the distribution that the rollout sampled from."""
@@ -329,7 +329,7 @@ class TrainActor:
             # NaN: a row of the first step, whose old policy is the current one.
             own = current.log_probs.detach()
             columns["log_probs"] = torch.where(old.isnan(), own, old)
-            shard.response_columns["log_probs"][micro.response_places.cpu()] = columns["log_probs"].cpu()
+            shard.response_columns["log_probs"][micro.response_places.cpu()] = columns["log_probs"].float().cpu()
         result = compute_loss(LossInputs.of(micro, current, columns), self.settings, self.plugins, scale)
         return MicroLoss(result.loss, result.metrics)
 
