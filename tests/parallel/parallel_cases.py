@@ -255,7 +255,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         if size in case.sizes:
             keep(vars(run(case, folder, ranks)), folder / f"{size} {name}.pt", rank)
     keep(save(folder, ranks), folder / f"saved by {size}.pt", rank)
-    for source in sorted(folder.glob("from *")):
+    for source in [folder / f"from {n}" for n in (1, 2, 4) if n <= size]:
         keep(load(source, folder, ranks), folder / f"{source.name} by {size}.pt", rank)
     ranks.leave()
 

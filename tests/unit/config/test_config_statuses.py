@@ -56,7 +56,6 @@ def test_there_is_at_least_one_engine() -> None:
 
 NOT_BUILT = [
     ["--train-backend", "megatron"],
-    ["--actor-num-gpus-per-node", "8"],
     ["--actor-num-nodes", "2"],
     ["--rollout-num-gpus", "8"],
     ["--rollout-num-gpus-per-engine", "2"],

@@ -110,11 +110,9 @@ def test_training_runs_in_the_engine_s_thread() -> None:
     engine, names = FakeEngine(), []
 
     class Actor:
-        backend = SimpleNamespace(parallel=SimpleNamespace(dp_rank=1))
-
-        def train(self, rollout_id: int, shard: str, global_batch_size: int) -> tuple[int, str, int]:
+        def train_shards(self, rollout_id: int, shards: list[str], global_batch_size: int) -> tuple[int, str, int]:
             names.append(threading.current_thread().name)
-            return rollout_id, shard, global_batch_size
+            return rollout_id, shards[1], global_batch_size
 
         def update_weights(self) -> int:
             names.append(threading.current_thread().name)
