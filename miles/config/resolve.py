@@ -89,7 +89,7 @@ def apply_statuses(draft: Draft) -> None:
         value, status = draft[name], flag.status
         if not draft.given(name) or name in draft.claimed or not status.applies_to(value, flag.default):
             continue
-        shown = flag.option if flag.is_switch else f"{flag.option} {value}"
+        shown = _shown(draft, name)
         if status.kind == "not_built":
             refused.append(f"{shown}: {status.sentence.rstrip(',')} is not built yet.")
         else:
@@ -241,7 +241,7 @@ def trainer_processes(draft: Draft) -> None:
     if world == 1:
         for name, why in OF_SEVERAL_PROCESSES.items():
             if draft.given(name) and draft[name] != FLAGS[name].default:
-                draft.notices.append(f"{draft.option(name)} {draft[name]}: no meaning here, {why}")
+                draft.notices.append(f"{_shown(draft, name)}: no meaning here, {why}")
         return
     option = draft.option("actor_num_gpus_per_node")
     if gpus and world > gpus:
@@ -256,7 +256,12 @@ def trainer_processes(draft: Draft) -> None:
         )
 
 
+def _shown(draft: Draft, name: str) -> str:
+    return draft.option(name) if FLAGS[name].is_switch else f"{draft.option(name)} {draft[name]}"
+
+
 OF_SEVERAL_PROCESSES = {
+    "balance_data": "one trainer process takes all samples.",
     "distributed_backend": "one trainer process has nobody to talk to.",
     "distributed_timeout_minutes": "one trainer process has nobody to wait for.",
     "update_weight_buffer_size": "the engine reads the weights of one trainer process in place.",

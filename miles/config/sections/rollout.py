@@ -131,11 +131,7 @@ class DataConfig(Section):
     micro_batch_size: int = flag(
         1, "Samples of one forward pass, unless --use-dynamic-batch-size.", check=at_least(1), common=True
     )
-    balance_data: bool = flag(
-        False,
-        "Give every trainer process the same number of tokens.",
-        status=no_meaning_here("there is one trainer process."),
-    )
+    balance_data: bool = flag(False, "Give every trainer process the same number of tokens.")
     use_dynamic_batch_size: bool = flag(False, "Pack micro batches up to --max-tokens-per-gpu tokens.", common=True)
     max_tokens_per_gpu: int | None = flag(None, "Most tokens of a packed micro batch.", check=at_least(1), common=True)
     log_probs_max_tokens_per_gpu: int | None = flag(
