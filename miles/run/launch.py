@@ -7,8 +7,8 @@
     actor ────────── losses, optimizer steps, weight updates; restored from --load where there is a checkpoint
     driver ───────── `miles.run.train`
 
-The engine and the manager share this process, and so does a trainer that is one process. On a cluster the same classes are built inside Ray actors;
-`Run` is all the driver ever sees.
+The engine and the manager share this process, and so does a trainer that is one process. On a cluster the same classes
+are built inside Ray actors; `Run` is all the driver ever sees.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class Run:
     start_rollout_id: int
     num_rollout: int
     num_rollout_per_epoch: int | None
+    # A checkpoint whose files are being written while training goes on.
+    _pending: resume.Pending | None = None
 
     async def save(self, rollout_id: int, *, served: bool) -> None:
         """One checkpoint of everything, and the Hugging Face folder that `--save-hf` names.
@@ -89,16 +91,40 @@ class Run:
             world_size=self.config.cluster.world_size,
             seed=self.config.run.seed,
         )
+        self._finish_checkpoint()
         folder = Path(checkpoint.save)
         with timer("save_model"), disk_errors(folder / f"iter_{meta.iteration:07d}", "--save"):
-            resume.write(
+            self._pending = resume.begin(
                 folder,
                 meta,
-                lambda folder: trainer.save(folder, with_optimizer=not checkpoint.no_save_optim),
+                lambda folder: trainer.save(
+                    folder, with_optimizer=not checkpoint.no_save_optim, background=checkpoint.async_save
+                ),
                 lambda: self.rollout.manager.save(rollout_id),
             )
+            if not checkpoint.async_save:
+                self._finish_checkpoint()
         if checkpoint.save_hf is not None:
             self._export(Path(checkpoint.save_hf.format(rollout_id=rollout_id)), "--save-hf")
+
+    async def finish_saving(self) -> None:
+        """Wait for a checkpoint that is still being written (`--async-save`), and put it in force."""
+        if self._pending is not None:
+            assert self.trainer is not None
+            await self.trainer.call(self._finish_checkpoint)
+
+    def _finish_checkpoint(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        assert self.trainer is not None
+        with disk_errors(pending.save / f"iter_{pending.meta.iteration:07d}", "--save"):
+            try:
+                self.trainer.trainer.finish_saving()
+                pending.finish()
+            except BaseException:
+                pending.abandon()
+                raise
 
     def _export(self, folder: Path, flag: str) -> None:
         """A Hugging Face folder; files of an earlier export are replaced when the new ones are complete.

@@ -97,32 +97,62 @@ def find(load: str | None, save: str | None = None) -> Checkpoint | None:
         raise CheckpointError(f"--load {load}: {meta} is damaged: {error}") from error
 
 
-def write(save: Path, meta: Meta, write_model: Callable[[Path], None], write_rollout: Callable[[], None]) -> Path:
-    """One checkpoint. `write_model(folder)` fills the model's part, `write_rollout()` the data source's."""
-    final = save / f"iter_{meta.iteration:07d}"
-    unfinished = save / f".{final.name}.{os.getpid()}"
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that lacks nothing but, perhaps, files of the model that are still being written."""
+
+    save: Path
+    unfinished: Path
+    meta: Meta
+
+    def finish(self) -> Path:
+        """Put it in force, once all files are there."""
+        sync_tree(self.unfinished)
+        final = self.save / f"iter_{self.meta.iteration:07d}"
+        outdated = _outdated(final)
+        if final.exists():
+            shutil.rmtree(outdated, ignore_errors=True)
+            final.rename(outdated)
+        self.unfinished.rename(final)
+        sync(self.save)
+        shutil.rmtree(outdated, ignore_errors=True)
+        replace_file(self.save / TRACKER, f"{self.meta.iteration}\n".encode())
+        return final
+
+    def abandon(self) -> None:
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+
+def begin(save: Path, meta: Meta, write_model: Callable[[Path], None], write_rollout: Callable[[], None]) -> Pending:
+    """One checkpoint. `write_model(folder)` fills the model's part, or starts to; `write_rollout()` the data source's.
+
+    It counts only after `Pending.finish`.
+    """
+    unfinished = save / f".iter_{meta.iteration:07d}.{os.getpid()}"
     for left_over in save.glob(".iter_*"):
         if left_over.suffix != OUTDATED:
             shutil.rmtree(left_over, ignore_errors=True)
     unfinished.mkdir(parents=True)
+    pending = Pending(save, unfinished, meta)
     try:
         write_model(unfinished)
         torch.save(rng_state(), unfinished / "rng.pt")
         (unfinished / "meta.json").write_text(json.dumps(asdict(meta), indent=1) + "\n")
-        sync_tree(unfinished)
         write_rollout()
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        pending.abandon()
         raise
-    outdated = _outdated(final)
-    if final.exists():
-        shutil.rmtree(outdated, ignore_errors=True)
-        final.rename(outdated)
-    unfinished.rename(final)
-    sync(save)
-    shutil.rmtree(outdated, ignore_errors=True)
-    replace_file(save / TRACKER, f"{meta.iteration}\n".encode())
-    return final
+    return pending
+
+
+def write(save: Path, meta: Meta, write_model: Callable[[Path], None], write_rollout: Callable[[], None]) -> Path:
+    """`begin` and `finish` in one."""
+    pending = begin(save, meta, write_model, write_rollout)
+    try:
+        return pending.finish()
+    except BaseException:
+        pending.abandon()
+        raise
 
 
 def _outdated(folder: Path) -> Path:

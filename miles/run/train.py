@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from miles.config import parse
@@ -85,9 +85,19 @@ class Driver:
             if run.trainer is not None:
                 await run.trainer.update_weights()
             await self._evaluate_at_start()
-            for rollout_id in range(run.start_rollout_id, self.num_rollout):
-                await self._one(rollout_id)
+            try:
+                for rollout_id in range(run.start_rollout_id, self.num_rollout):
+                    await self._one(rollout_id)
+                await run.finish_saving()
+            except Exception:
+                await self._keep_last_save()
+                raise
             await self._finish()
+
+    async def _keep_last_save(self) -> None:
+        """What ends the run is told, and not that its last checkpoint went with it."""
+        with suppress(Exception):
+            await self.run.finish_saving()
 
     async def _one(self, rollout_id: int) -> None:
         """One rollout: prompts to new weights."""
@@ -153,6 +163,7 @@ class Driver:
 
     async def _save_if_due(self, rollout_id: int) -> bool:
         """With `--save` the last rollout is always saved, the others by `--save-interval`."""
+        await self.run.finish_saving()
         checkpoint = self.config.checkpoint
         due = should_run_periodic_action(rollout_id, checkpoint.save_interval, self.per_epoch, self.num_rollout)
         if checkpoint.save is None or not (due or rollout_id + 1 == self.num_rollout):
@@ -169,6 +180,7 @@ class Driver:
             raise RunStopped(f"stopped after rollout {rollout_id}. {NOTHING_SAVED}")
         if not saved:
             await self._save(rollout_id, served=True)
+        await self.run.finish_saving()
         save = shown(str(self.config.checkpoint.save))
         raise RunStopped(
             f"stopped after rollout {rollout_id}; everything is saved in {save}. Resume with the same command and "

@@ -366,9 +366,13 @@ class TrainActor:
         self.backend.load(folder, with_optimizer=True)
         self.weight_version, self.steps_done = weight_version, steps_done
 
-    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+    def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
         """What `restore` reads, under `folder`, which exists and is empty."""
-        self.backend.save(folder, with_optimizer=with_optimizer)
+        self.backend.save(folder, with_optimizer=with_optimizer, background=background)
+
+    def finish_saving(self) -> None:
+        """Wait for what `save` writes in the background. Raises what went wrong with it."""
+        self.backend.finish_saving()
 
     def export_hf(self, folder: Path) -> None:
         """A Hugging Face model folder."""

@@ -115,8 +115,12 @@ class Backend(Protocol):
         """All weights under their Hugging Face names, live and without a copy: whole tensors in one process, this
         rank's shards (DTensor) in several."""
 
-    def save(self, folder: Path, *, with_optimizer: bool) -> None:
-        """Model, optimizer and schedule under `folder`, which exists and is empty."""
+    def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
+        """Model, optimizer and schedule under `folder`, which exists and is empty; as they are now, also where they
+        are written in the background."""
+
+    def finish_saving(self) -> None:
+        """Wait for what `save` writes in the background. Raises what went wrong with it."""
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
         """The inverse of `save`; CheckpointError where it does not fit this model."""

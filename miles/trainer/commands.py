@@ -114,9 +114,16 @@ class UpdateWeights(Command[int]):
 class Save(Command[None]):
     folder: Path
     with_optimizer: bool
+    background: bool
 
     def run(self, worker: Worker) -> None:
-        worker.save(self.folder, with_optimizer=self.with_optimizer)
+        worker.save(self.folder, with_optimizer=self.with_optimizer, background=self.background)
+
+
+@dataclass(frozen=True)
+class FinishSaving(Command[None]):
+    def run(self, worker: Worker) -> None:
+        worker.actor.finish_saving()
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from miles.trainer.commands import (
     Event,
     Export,
     Failed,
+    FinishSaving,
     GetPlugInState,
     Load,
     Logged,
@@ -242,13 +243,16 @@ class RankGroup:
             self.engine.update_weights(self._weights, str(self.weight_version))
         return self.weight_version
 
-    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+    def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
         """The model; and the driver's copies of the trainer's plug-ins, which write checkpoints, get rank 0's state."""
-        self._all(Save(folder, with_optimizer))
+        self._all(Save(folder, with_optimizer, background))
         states = self._all(GetPlugInState())[0]
         for hook in self._with_state():
             if hook.point.name in states:
                 hook.load_state(states[hook.point.name])
+
+    def finish_saving(self) -> None:
+        self._all(FinishSaving())
 
     def export_hf(self, folder: Path) -> None:
         self._all(Export(folder))
@@ -270,6 +274,8 @@ class RankGroup:
 
     def _each(self, commands: Sequence[Command[T]]) -> list[T]:
         """One command per rank, and what each returned. Raises what the first of them raised; all are gone then."""
+        if not self.processes:
+            raise TrainerError("the trainer's processes have ended.")
         for process, command in zip(self.processes, commands, strict=True):
             try:
                 send(process.connection, command)

@@ -25,8 +25,11 @@ class Trainer(Protocol):
     def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
         """Continue from a checkpoint."""
 
-    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+    def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
         """What `restore` reads, under `folder`, which exists and is empty."""
+
+    def finish_saving(self) -> None:
+        """Wait for what `save` writes in the background. Raises what went wrong with it."""
 
     def export_hf(self, folder: Path) -> None:
         """A Hugging Face model folder."""

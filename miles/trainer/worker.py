@@ -158,14 +158,16 @@ class Worker:
             on_step=self._on_step,
         )
 
-    def train(self, rollout_id: int, shard: TrainBatch, global_batch_size: int) -> tuple[TrainReport, dict[str, Counts]]:
+    def train(
+        self, rollout_id: int, shard: TrainBatch, global_batch_size: int
+    ) -> tuple[TrainReport, dict[str, Counts]]:
         self.hooks.begin_rollout()
         report = self.actor.train(rollout_id, shard, global_batch_size)
         return report, {hook.point.name: hook.stats.rollout for hook in self.hooks}
 
-    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+    def save(self, folder: Path, *, with_optimizer: bool, background: bool) -> None:
         with timer("save_model"):
-            self.actor.save(folder, with_optimizer=with_optimizer)
+            self.actor.save(folder, with_optimizer=with_optimizer, background=background)
 
     def _on_step(self) -> None:
         if self.setup.rank == 0:

@@ -78,7 +78,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_do_what_one_does_and_one_goes_on(one_process: Path, tmp_path: Path) -> None:
     run_dir, save = tmp_path / "two", tmp_path / "two" / "ck"
-    assert train(run_dir, "counter", "--save", save, "--save-interval", 1, "--actor-num-gpus-per-node", 2) == 0
+    saving = ("--save", save, "--save-interval", 1, "--async-save")
+    assert train(run_dir, "counter", *saving, "--actor-num-gpus-per-node", 2) == 0
     assert_alike(lines(run_dir), lines(one_process))
     calls = [line for line in read_metrics(run_dir) if "hooks/rollout_data_postprocess/calls" in line]
     assert len(calls) == 3  # of rank 0, which has made them
@@ -86,6 +87,8 @@ def test_two_processes_do_what_one_does_and_one_goes_on(one_process: Path, tmp_p
     assert (run_dir / "model" / "model.safetensors").is_file()
     assert psutil.Process().children() == []
 
+    files = sorted((save / "iter_0000003" / "model").iterdir())
+    assert len(files) == 2 and (save / "latest_checkpointed_iteration.txt").read_text() == "3\n"
     (save / "latest_checkpointed_iteration.txt").write_text("2")
     assert train(tmp_path / "on", "counter", "--load", save) == 0
     # The counter has gone through rank 0, a checkpoint, and another process.
@@ -94,7 +97,7 @@ def test_two_processes_do_what_one_does_and_one_goes_on(one_process: Path, tmp_p
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(one_process: Path, tmp_path: Path) -> None:
     save = tmp_path / "ck"
-    assert train(tmp_path / "one", "counter", "--num-rollout", 2, "--save", save) == 0
+    assert train(tmp_path / "one", "counter", "--num-rollout", 2, "--save", save, "--async-save") == 0
     assert train(tmp_path / "two", "counter", "--load", save, "--actor-num-gpus-per-node", 2) == 0
     assert_alike(lines(tmp_path / "two", first=2), lines(one_process, first=2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from parallel_cases import load
 from safetensors import safe_open
 
+from miles.errors import CheckpointError
 from miles.trainer.ranks import Ranks
 
 # Those that ran before a group of ranks have left the checkpoints that it loads.
@@ -37,3 +39,19 @@ def test_each_rank_writes_its_own_rows_and_no_pickle(source: int, layouts: Path)
         with safe_open(shard, framework="pt") as file:
             rows.append(file.get_slice("lm_head.weight").get_shape()[0])
     assert sum(rows) == 41 and max(rows) == -(-41 // source)
+
+
+@pytest.mark.parametrize("shard", [0, 1, 3])
+def test_a_shard_that_is_missing_is_missed(shard: int, layouts: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(layouts / "from 4", tmp_path / "copy")
+    sorted((copy / "model").iterdir())[shard].unlink()
+    with pytest.raises(CheckpointError, match=r"are in none of its files|in the checkpoint"):
+        load(copy, layouts, Ranks.alone())
+
+
+def test_a_shard_that_is_cut_short_is_named(layouts: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(layouts / "from 2", tmp_path / "copy")
+    path = sorted((copy / "optimizer").iterdir())[1]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="safetensors cannot be read"):
+        load(copy, layouts, Ranks.alone())

@@ -178,7 +178,9 @@ class CheckpointConfig(Section):
         None, "Folder of the checkpoints. {run_dir} in it is the run directory.", check=PATH, common=True
     )
     save_interval: int | None = flag(None, "Rollouts between two checkpoints.", check=at_least(1), common=True)
-    async_save: bool = flag(False, "Write checkpoints in the background.", status=not_built("Asynchronous saving"))
+    async_save: bool = flag(
+        False, "Write checkpoints in the background; each counts from the end of the next rollout's training."
+    )
     no_save_optim: bool = flag(False, "Leave the optimizer out of the checkpoints.")
     save_hf: str | None = flag(
         None,

@@ -1,8 +1,8 @@
 """The fsdp backend: the Hugging Face model itself, on packed rows.
 
 One process needs no process group. Several cut this same model into shards (`shard`) and run the same passes on samples
-of their own: a rank with fewer micro batches than another runs the rest on one token, without a gradient, because every
-pass gathers weights from all of them. Gradients are averaged over ranks, so that the actor's scale is the published one.
+of their own: a rank with fewer micro batches than another runs the rest on one token, without a gradient, because
+every pass gathers weights from all of them. Gradients are averaged over ranks: the actor's scale is the published one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from miles.trainer.backend import LossFn, ModelOutput, StepResult
 from miles.trainer.fsdp import checkpoint
 from miles.trainer.fsdp.attention import Packing
 from miles.trainer.fsdp.model import load_model, owned_tensors
-from miles.trainer.fsdp.shard import reshard, shard
 from miles.trainer.ranks import Ranks
 from miles.trainer.schedule import ParamScheduler, Schedule
 from miles.weights.gather import gathered
@@ -55,10 +54,13 @@ class FsdpBackend:
         self.source = hf_checkpoint
         self.model = load_model(hf_checkpoint, dtype=dtype, gradient_checkpointing=train.gradient_checkpointing)
         if self.ranks.mesh is not None:
+            from miles.trainer.fsdp.shard import shard
+
             shard(self.model, self.ranks.mesh, param_dtype=None, cpu_offload=train.fsdp_cpu_offload)
         if not train.fsdp_cpu_offload:
             self.model.to(self.device)
         self._idle = one_token(self.device)
+        self._saver = checkpoint.Saver(self.ranks)
         self.model_chunks = [self.model]
         self.has_dropout = any(
             isinstance(value, float) and value > 0
@@ -112,7 +114,10 @@ class FsdpBackend:
                 return results
         finally:
             self.model.train()
-            reshard(self.model)
+            if self.ranks.mesh is not None:
+                from miles.trainer.fsdp.shard import reshard
+
+                reshard(self.model)
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[dict[str, Tensor]]:
         missing, metrics = self._missing(micro_batches), []
@@ -161,12 +166,15 @@ class FsdpBackend:
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
-    def save(self, folder: Path, *, with_optimizer: bool) -> None:
-        checkpoint.write(folder / "model", owned_tensors(self.model), self.ranks)
+    def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"model": owned_tensors(self.model)}
         if with_optimizer:
-            checkpoint.write(folder / "optimizer", self._moments(), self.ranks)
-            schedule = {"num_steps": torch.tensor(self.scheduler.num_steps)}
-            checkpoint.write(folder / "lr_scheduler", schedule, self.ranks)
+            parts["optimizer"] = self._moments()
+            parts["lr_scheduler"] = {"num_steps": torch.tensor(self.scheduler.num_steps)}
+        self._saver.save(folder, parts, background=background)
+
+    def finish_saving(self) -> None:
+        self._saver.finish()
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
         checkpoint.read_into(folder / "model", owned_tensors(self.model))

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,29 +32,78 @@ from miles.trainer.ranks import Ranks
 SUFFIX = ".safetensors"
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Folder -> its tensors.
+
+Example: `{"model": {"lm_head.weight": ...}, "optimizer": {"exp_avg.lm_head.weight": ...}}`
+"""
+
+
+class Saver:
+    """Writes checkpoints, one after the other, at once or in a thread while training goes on."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._group: Any = None
+        self._writing: Future[None] | None = None
+
+    def save(self, folder: Path, parts: Parts, *, background: bool) -> None:
+        """Every rank calls this. In the background a copy is written, which takes the memory of one; `finish` ends it.
+
+        Threads of several ranks meet in a process group of their own, apart from that of training.
+        """
+        self.finish()
+        if not background:
+            write_parts(folder, parts, self.ranks)
+            return
+        copies = {part: {name: t.detach().clone() for name, t in tensors.items()} for part, tensors in parts.items()}
+        if self.ranks.mesh is not None and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        done = self._writing = Future()
+
+        def write() -> None:
+            try:
+                done.set_result(write_parts(folder, copies, self.ranks, self._group))
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=write, name="miles-save", daemon=True).start()
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def write_parts(folder: Path, parts: Parts, ranks: Ranks, group: Any = None) -> None:
+    for part, tensors in parts.items():
+        write(folder / part, tensors, ranks, group)
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, group: Any = None) -> None:
     """Every rank calls this. `folder` must not exist yet."""
     folder.mkdir(exist_ok=ranks.size > 1)
     if ranks.mesh is None:
-        save_file(contiguous(tensors), folder / f"{folder.name}{SUFFIX}")
+        save_file(contiguous(tensors), plain_file(folder))
         return
     from torch.distributed import checkpoint as dcp
 
     with _quiet():
-        dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
 
 
 def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill `tensors`, whole or cut, from whatever `write` has written. Every rank reads only its own rows.
 
-    CheckpointError where a file is damaged, or where names or shapes are others.
+    CheckpointError where a file is damaged or missing, or where names or shapes are others.
     """
     _check(shapes(folder), tensors, folder)
-    plain = folder / f"{folder.name}{SUFFIX}"
+    plain = plain_file(folder)
     if plain.is_file() and not any(isinstance(t, DTensor) for t in tensors.values()):
-        with _readable(folder):
+        with _readable(plain), torch.no_grad():
             stored = load_file(plain)
-        with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(stored[name])
         return
@@ -60,19 +113,35 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the whole tensor, of everything that `folder` holds."""
-    with _readable(folder):
-        plain = folder / f"{folder.name}{SUFFIX}"
-        if plain.is_file():
-            with safe_open(plain, framework="pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no such folder: {folder}")
-        from torch.distributed import checkpoint as dcp
+def plain_file(folder: Path) -> Path:
+    """What one process writes, and what is missed where there is nothing at all."""
+    return folder / f"{folder.name}{SUFFIX}"
 
-        found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in found.items()}
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the whole tensor, of everything that `folder` holds. Raises CheckpointError."""
+    files = sorted(folder.glob(f"*{SUFFIX}")) or [plain_file(folder)]
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with _readable(path), safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return found if files == [plain_file(folder)] else _shapes_of_shards(folder)
+
+
+def _shapes_of_shards(folder: Path) -> dict[str, tuple[int, ...]]:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    found = {}
+    for name, entry in dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise CheckpointError(
+                f"--load: {folder} cannot be read (rows of {name} are in none of its files). Expected one file of each "
+                "process that saved it; an older checkpoint can be named through latest_checkpointed_iteration.txt."
+            )
+        found[name] = tuple(entry.size)
+    return found
 
 
 def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor], folder: Path) -> None:
@@ -92,13 +161,13 @@ def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor],
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
+def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"--load: {folder} cannot be read ({error}). Expected files that `--save` wrote; an older checkpoint can "
-            "be named through latest_checkpointed_iteration.txt."
+            f"--load: {path} cannot be read ({error}). Expected a file that `--save` wrote; an older checkpoint can be "
+            "named through latest_checkpointed_iteration.txt in the folder above."
         ) from error
 
 
