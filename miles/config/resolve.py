@@ -238,22 +238,30 @@ def trainer_processes(draft: Draft) -> None:
     world, gpus = draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"], local_gpus()
     if draft["debug_rollout_only"]:
         return
+    if draft["fsdp_cpu_offload"] and not gpus:
+        draft.notices.append("--fsdp-cpu-offload: no meaning here, without a GPU everything is in main memory.")
     if world == 1:
+        if draft["fsdp_cpu_offload"] and gpus:
+            raise FlagError("--fsdp-cpu-offload", given=f"needs several trainer processes ({OF_TRAINER}).")
+        if draft["fsdp_param_dtype"] != "float32":
+            raise FlagError("--fsdp-param-dtype", given=f"needs several trainer processes ({OF_TRAINER}).")
         for name, why in OF_SEVERAL_PROCESSES.items():
             if draft.given(name) and draft[name] != FLAGS[name].default:
                 draft.notices.append(f"{_shown(draft, name)}: no meaning here, {why}")
         return
-    option = draft.option("actor_num_gpus_per_node")
     if gpus and world > gpus:
-        raise FlagError(option, given=world, expected=f"at most {gpus}, the GPUs of this machine")
+        raise FlagError(OF_TRAINER, given=world, expected=f"at most {gpus}, the GPUs of this machine")
     expected = ("nccl", "gloo") if gpus else ("gloo",)
     if draft["distributed_backend"] not in expected:
         raise FlagError("--distributed-backend", given=draft["distributed_backend"], expected=" or ".join(expected))
     size = draft["global_batch_size"]
     if size is not None and size % world and not draft["use_dynamic_global_batch_size"]:
         raise FlagError(
-            "--global-batch-size", given=size, expected=f"a multiple of {world}, the trainer's processes ({option})"
+            "--global-batch-size", given=size, expected=f"a multiple of {world}, the trainer's processes ({OF_TRAINER})"
         )
+
+
+OF_TRAINER = FLAGS["actor_num_gpus_per_node"].option
 
 
 def _shown(draft: Draft, name: str) -> str:

@@ -48,7 +48,10 @@ FEW_TOKENS = ("--use-dynamic-batch-size", "--max-tokens-per-gpu", "30")
 
 @dataclass(frozen=True)
 class Case:
-    """`flags` hold for every layout; `split` is how ranks cut their micro batches (one process takes all at once)."""
+    """`flags` hold for every layout; `split` is how ranks cut their micro batches (one process takes all at once).
+
+    `bound` is the largest relative difference; None is what the dtype allows.
+    """
 
     flags: tuple[str, ...] = ()
     split: tuple[str, ...] = ONE_BY_ONE
@@ -56,6 +59,7 @@ class Case:
     rewards: str = "mixed"
     dtype: torch.dtype = torch.float32
     sizes: tuple[int, ...] = (2,)
+    bound: float | None = None
 
 
 def own(name: str) -> str:
@@ -78,6 +82,7 @@ CASES: dict[str, Case] = {
     "nobody has work": Case(rewards="none in step 1", sizes=BOTH),
     "balanced": Case(("--balance-data", "--num-steps-per-rollout", "1"), FEW_TOKENS, sizes=BOTH),
     "recomputed": Case(("--gradient-checkpointing", "--recompute-loss-function"), FEW_TOKENS),
+    "bfloat16": Case(split=(*FEW_TOKENS, "--fsdp-param-dtype", "bfloat16"), tied=False, bound=0.1),
     "custom loss": Case(("--loss-type", "custom_loss", "--custom-loss-function-path", own("from_logits"))),
     "sft": Case(("--loss-type", "sft_loss", "--disable-compute-advantages-and-returns"), FEW_TOKENS),
 }
@@ -185,7 +190,8 @@ def from_logits(args: Namespace, parallel_state: Any, batch: dict[str, Any], log
 
 def make_actor(case: Case, folder: Path, ranks: Ranks, trace: Trace) -> tuple[TrainActor, Watched]:
     split = ALL_AT_ONCE if ranks.size == 1 else case.split
-    config, args = parse([*FLAGS, "--hf-checkpoint", make_model(folder, tied=case.tied), *split, *case.flags])
+    folders = ("--hf-checkpoint", make_model(folder, tied=case.tied), "--actor-num-gpus-per-node", str(ranks.size))
+    config, args = parse([*FLAGS, *folders, *split, *case.flags])
     backend = Watched(str(config.rollout.hf_checkpoint), config.train, config.optimizer, ranks, dtype=case.dtype)
     backend.gradients = trace.gradients
     backend.use_schedule(schedule_of(config.optimizer, STEPS))

@@ -86,7 +86,11 @@ class TrainConfig(Section):
         status=no_meaning_here("each process writes its own shards; nothing is gathered."),
     )
     fsdp_cpu_offload: bool = flag(
-        False, "Keep parameters and optimizer in main memory.", status=not_built("CPU offload")
+        False, "Keep parameters and optimizer in main memory, where several trainer processes have GPUs."
+    )
+    fsdp_param_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32",
+        "What several trainer processes compute in; weights, optimizer and sums of gradients stay float32.",
     )
     fsdp_cpu_backend: str = flag(
         "gloo",

@@ -53,11 +53,13 @@ class FsdpBackend:
         self.device = own_device()
         self.source = hf_checkpoint
         self.model = load_model(hf_checkpoint, dtype=dtype, gradient_checkpointing=train.gradient_checkpointing)
+        offload = train.fsdp_cpu_offload and self.device.type == "cuda"
         if self.ranks.mesh is not None:
             from miles.trainer.fsdp.shard import shard
 
-            shard(self.model, self.ranks.mesh, param_dtype=None, cpu_offload=train.fsdp_cpu_offload)
-        if not train.fsdp_cpu_offload:
+            narrow = torch.bfloat16 if train.fsdp_param_dtype == "bfloat16" else None
+            shard(self.model, self.ranks.mesh, param_dtype=narrow, cpu_offload=offload)
+        if not offload:
             self.model.to(self.device)
         self._idle = one_token(self.device)
         self._saver = checkpoint.Saver(self.ranks)
