@@ -110,7 +110,14 @@ class EngineError(MilesError):
 
 
 class TrainerError(MilesError):
-    """One of several trainer processes failed or died. The message names it and holds what it said last."""
+    """One of several trainer processes failed or died. The message names it and holds what it said last.
+
+    `consequence` says that another one may have caused it: collectives fail when a neighbour is gone.
+    """
+
+    def __init__(self, message: str, *, consequence: bool = False) -> None:
+        self.consequence = consequence
+        super().__init__(message)
 
 
 class RunStopped(MilesError):

@@ -192,10 +192,12 @@ class Failed:
     def error(self, who: str) -> MilesError:
         """The same error in this process."""
         if not self.kind:
-            return TrainerError(f"{who} failed:\n{self.message.rstrip()}")
+            return TrainerError(f"{who} failed:\n{self.message.rstrip()}", consequence=True)
         cls: type[MilesError] = getattr(errors, self.kind)
         error = cls.__new__(cls, self.message)  # their constructors take what the message was made of
         error.args = (self.message,)
+        if isinstance(error, TrainerError):
+            error.consequence = False
         if isinstance(error, HookError):
             assert self.failure is not None
             error.failure = self.failure

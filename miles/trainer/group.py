@@ -84,7 +84,7 @@ class Process:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "miles.trainer.worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "miles.trainer.worker", str(theirs.fileno())],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -354,8 +354,7 @@ class RankGroup:
 
 
 def _is_consequence(error: MilesError) -> bool:
-    """Whether another rank's failure may have caused this one: collectives fail when a neighbour is gone."""
-    return type(error) is TrainerError and " failed:\n" in str(error)
+    return isinstance(error, TrainerError) and error.consequence
 
 
 def rank_environment(environment: Mapping[str, str], rank: int, size: int, device: str) -> dict[str, str]:

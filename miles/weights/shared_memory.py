@@ -9,6 +9,7 @@ suspend the engine before the ranks write, and call `EmbeddedEngine.update_weigh
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import tempfile
@@ -35,6 +36,10 @@ class Slot:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 Layout = dict[str, Slot]
 
@@ -58,15 +63,11 @@ def layout_of(weights: Mapping[str, Tensor]) -> tuple[Layout, int]:
 
 def views(fd: int, layout: Layout, size: int) -> dict[str, Tensor]:
     """The tensors in the memory of `fd`, which are the same ones in every process that maps it."""
-    memory = mmap.mmap(fd, max(size, ALIGNMENT))
+    memory = torch.frombuffer(mmap.mmap(fd, max(size, ALIGNMENT)), dtype=torch.uint8)
     return {
-        name: torch.frombuffer(memory, dtype=slot.dtype, count=_count(slot), offset=slot.offset).view(slot.shape)
+        name: memory[slot.offset : slot.offset + slot.bytes].view(slot.dtype).view(slot.shape)
         for name, slot in layout.items()
     }
-
-
-def _count(slot: Slot) -> int:
-    return int(torch.Size(slot.shape).numel())
 
 
 class SharedMemory:
