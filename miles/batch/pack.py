@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,6 +53,8 @@ class PackedBatch:
     sample_ids: Tensor  # int64 [R], which of the n rows each response token belongs to
     loss_mask: Tensor  # int32 [R]
     response_places: Tensor  # int64 [R], places of these response tokens in the batch's flat response columns
+    token_places: IntArray  # int64 [T], row after row: the place of each token in the batch's flat tokens
+    routed_experts: Tensor | None = None  # int64 [P, layers, top_k], the experts to take; -1 = the router's own choice
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,22 +70,28 @@ def pack(
     *,
     device: torch.device | str = "cpu",
     share_prompts: bool = False,
+    experts: npt.NDArray[np.int16] | None = None,
 ) -> PackedBatch:
-    """Lay out the given rows of `batch` for one forward pass."""
+    """Lay out the given rows of `batch` for one forward pass.
+
+    `experts` [T of the batch, layers, top_k] prescribes the experts of each token, -1 leaves them to the router.
+    """
     rows = np.asarray(rows, dtype=np.int64)
     total_lengths, response_lengths = batch.total_lengths[rows], batch.response_lengths[rows]
     cu_seqlens = offsets_of(total_lengths)
     num_tokens = int(cu_seqlens[-1])
     position_ids = np.arange(num_tokens, dtype=np.int64) - np.repeat(cu_seqlens[:-1], total_lengths)
-    tokens = batch.tokens[places_of(batch.token_offsets, rows)]
+    token_places = places_of(batch.token_offsets, rows)
+    tokens = batch.tokens[token_places]
+    taken = None if experts is None else experts[token_places]
     # Place of the first response token of each row, less where its response starts among all response tokens.
     shift = cu_seqlens[1:] - response_lengths - offsets_of(response_lengths)[:-1]
     responding = np.arange(int(response_lengths.sum()), dtype=np.int64) + np.repeat(shift, response_lengths)
     places = places_of(batch.response_offsets, rows)
 
-    row_places, kept = _places(tokens, cu_seqlens, total_lengths - response_lengths, share_prompts)
+    row_places, kept = _places(tokens, cu_seqlens, total_lengths - response_lengths, share_prompts, taken)
 
-    def put(array: np.typing.NDArray[np.int64] | np.typing.NDArray[np.int32]) -> Tensor:
+    def put(array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     return PackedBatch(
@@ -99,11 +108,17 @@ def pack(
         sample_ids=put(np.repeat(np.arange(len(rows), dtype=np.int64), response_lengths)),
         loss_mask=put(batch.loss_masks[places]),
         response_places=put(places),
+        token_places=token_places,
+        routed_experts=None if taken is None else put(taken[kept].astype(np.int64)),
     )
 
 
 def _places(
-    tokens: IntArray, cu_seqlens: IntArray, prompt_lengths: IntArray, share_prompts: bool
+    tokens: IntArray,
+    cu_seqlens: IntArray,
+    prompt_lengths: IntArray,
+    share_prompts: bool,
+    experts: npt.NDArray[np.int16] | None,
 ) -> tuple[IntArray, IntArray]:
     """The packed place of each token [T], and which tokens are packed [P], ascending."""
     own = np.arange(len(tokens), dtype=np.int64)
@@ -112,9 +127,11 @@ def _places(
     source, keep = own.copy(), np.ones(len(tokens), dtype=np.bool_)
     first_with: dict[bytes, int] = {}
     for start, length in zip(cu_seqlens[:-1].tolist(), prompt_lengths.tolist()):
-        first = first_with.setdefault(tokens[start : start + length].tobytes(), start)
+        prompt = slice(start, start + length)
+        key = tokens[prompt].tobytes() + (b"" if experts is None else experts[prompt].tobytes())
+        first = first_with.setdefault(key, start)
         if first != start:
-            source[start : start + length] = np.arange(first, first + length)
-            keep[start : start + length] = False
+            source[prompt] = np.arange(first, first + length)
+            keep[prompt] = False
     place = np.cumsum(keep) - 1
     return place[source], own[keep]

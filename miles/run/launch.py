@@ -276,6 +276,7 @@ def _start_engine(
         "max_total_tokens": config.engine.sglang_max_total_tokens,
         "context_length": config.engine.sglang_context_length,
         "seed": config.run.seed,
+        "exact": config.train.true_on_policy_mode,
     }
 
     def build() -> EmbeddedEngine:
@@ -295,6 +296,8 @@ def _start_engine(
     stack.callback(engine.close)
     address = stack.enter_context(serve.on_loopback(engine, config.engine.sglang_router_port))
     args.sglang_router_ip, args.sglang_router_port = address
+    # Facts of the model under the names that Megatron's flags have: who decodes routed experts reads them.
+    args.num_layers, args.moe_router_topk = engine.model.shape.num_layers, engine.model.shape.top_k
     return engine, LocalEngineClient(engine, "http://{}:{}".format(*address))
 
 

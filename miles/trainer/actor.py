@@ -33,6 +33,7 @@ from miles.batch.ragged import IntArray
 from miles.config import RunConfig
 from miles.errors import UsageError
 from miles.hooks import Hooks
+from miles.loss import exact_logprobs
 from miles.loss.advantages import FROM_A_TEACHER, compute_advantages
 from miles.loss.dispatch import compute_loss, loss_scale, step_count
 from miles.loss.exact_zero import zero_gradient_rows
@@ -47,6 +48,7 @@ from miles.observe.tracking import Tracker
 from miles.trainer.advantages import advantage_inputs
 from miles.trainer.backend import Backend, MicroLoss, ModelOutput
 from miles.trainer.report import column_sums, means_of
+from miles.trainer.routing import RoutingTape
 from miles.weights import WeightTransport
 
 # Metrics to which a sample of exactly zero gradient would contribute; their mean is over the samples that ran.
@@ -97,6 +99,15 @@ class TrainActor:
             args=args,
             parallel_state=backend.parallel,
         )
+        if config.algorithm.use_routing_replay and backend.routing is None:
+            flag = "rollout-routing-replay" if config.algorithm.use_rollout_routing_replay else "routing-replay"
+            raise UsageError(
+                f"--use-{flag}: the model in {config.rollout.hf_checkpoint} has no experts to route to. Leave out the "
+                "flag, or give a mixture of experts such as Qwen3-MoE."
+            )
+        self._tape: RoutingTape | None = None  # of the rollout that is being trained
+        exact = config.train.true_on_policy_mode
+        self._linear_log_probs = exact_logprobs.linear_log_probs if exact else linear_log_probs
         self.temperature = config.rollout.rollout_temperature
         self.weight_version = 0
         self.steps_done = 0
@@ -141,6 +152,7 @@ class TrainActor:
 
     def _prepare(self, rollout_id: int, shard: TrainBatch, steps: list[IntArray]) -> None:
         """Fill the columns that losses read: advantages, returns, old log-probs."""
+        self._tape = self._new_tape(shard)
         if self.config.algorithm.compute_advantages_and_returns:
             if self._needs_all_log_probs():
                 self._old_log_probs(shard, np.arange(len(shard)))
@@ -162,6 +174,14 @@ class TrainActor:
         template = self.config.debug.save_debug_train_data
         if template is not None:
             self._dump(template, rollout_id, shard)
+
+    def _new_tape(self, shard: TrainBatch) -> RoutingTape | None:
+        if not self.config.algorithm.use_routing_replay:
+            return None
+        assert self.backend.routing is not None
+        if self.config.algorithm.use_rollout_routing_replay:
+            return RoutingTape.of_engine(shard, self.backend.routing)
+        return RoutingTape(shard, self.backend.routing)
 
     def _refuse(self, message: str) -> NoReturn:
         """UsageError, or HookError where a plug-in has made the batch."""
@@ -207,19 +227,24 @@ class TrainActor:
         if before is not None:
             before(self.args, self.backend.model_chunks, "")
         column = shard.response_columns.setdefault("log_probs", torch.full((len(shard.loss_masks),), math.nan))
-        if self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics:
+        unused = self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics
+        records = self._tape is not None and not self._tape.from_engine
+        if unused and not records:
             return
         micros = self._micro_batches(shard, rows)
         for micro, values in zip(micros, self.backend.forward_only(micros, self._read_log_probs)):
             column[micro.response_places.cpu()] = values
 
     def _read_log_probs(self, micro: PackedBatch, output: ModelOutput) -> Tensor:
+        if self._tape is not None and micro.routed_experts is not None:
+            assert output.routed_experts is not None
+            self._tape.record(micro, output.routed_experts)
         return self._current(micro, output, with_entropy=False).log_probs.float().cpu()
 
     def _current(self, micro: PackedBatch, output: ModelOutput, *, with_entropy: bool) -> TokenLogProbs:
         """Log-probs at the response tokens, under the distribution that the rollout sampled from."""
         chunk = self.config.train.log_probs_chunk_size
-        return linear_log_probs(
+        return self._linear_log_probs(
             output.hidden.index_select(0, micro.predicting),
             output.head_weight,
             micro.targets,
@@ -240,7 +265,8 @@ class TrainActor:
             parts = by_count(rows, shard.total_lengths, data.micro_batch_size)
         # Custom losses get logits of every row in full: the published layout.
         share = self.settings.loss_type != "custom_loss"
-        return [pack(shard, part, device=self.backend.device, share_prompts=share) for part in parts]
+        experts = None if self._tape is None else self._tape.experts
+        return [pack(shard, part, device=self.backend.device, share_prompts=share, experts=experts) for part in parts]
 
     # ---- an optimizer step ---------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ class ModelOutput:
 
     hidden: Tensor
     head_weight: Tensor
+    routed_experts: Tensor | None = None  # int32 [T, layers, top_k] that the pass took; None for a dense model
 
     def logits(self) -> Tensor:
         """fp32 [1, T, V], not divided by the temperature: the published view of custom losses."""
@@ -70,6 +71,15 @@ class StepResult:
     skipped: bool = False
 
 
+@dataclass(frozen=True)
+class RoutingShape:
+    """The numbers of a mixture of experts: layers (dense ones included), experts, and how many a token takes."""
+
+    num_layers: int
+    top_k: int
+    num_experts: int
+
+
 LossFn = Callable[[PackedBatch, ModelOutput], MicroLoss]
 
 
@@ -84,6 +94,8 @@ class Backend(Protocol):
     scheduler: Any
     # Whether a forward pass in training mode differs from one in evaluation mode.
     has_dropout: bool
+    # None for a dense model. With experts, passes follow `PackedBatch.routed_experts` and report what they took.
+    routing: RoutingShape | None
 
     def use_schedule(self, schedule: Schedule) -> None:
         """Once, when the length of the run is known."""
@@ -112,8 +124,8 @@ class Backend(Protocol):
         """Forget the moments and step counts (`--reset-optimizer-states`)."""
 
     def weights(self) -> Mapping[str, Tensor]:
-        """All weights under their Hugging Face names, live and without a copy: whole tensors in one process, this
-        rank's shards (DTensor) in several."""
+        """All weights under the names of the Hugging Face model (experts stacked in two tensors per layer), live and
+        without a copy: whole tensors in one process, this rank's shards (DTensor) in several."""
 
     def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
         """Model, optimizer and schedule under `folder`, which exists and is empty; as they are now, also where they

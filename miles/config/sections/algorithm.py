@@ -14,7 +14,6 @@ BUILT_ESTIMATORS = ("grpo", "on_policy_distillation")
 
 KL = "The KL penalty with its reference model"
 CRITIC = "The critic"
-REPLAY = "Routing replay"
 OPSM = "Off-policy sequence masking"
 
 
@@ -104,10 +103,10 @@ class AlgorithmConfig(Section):
         0, "First rollouts, which train the critic alone.", check=at_least(0), status=not_built(CRITIC)
     )
     use_routing_replay: bool = flag(
-        False, "Route tokens to the same experts in training as in the log-prob pass.", status=not_built(REPLAY)
+        False, "Route tokens to the same experts in training as in the log-prob pass."
     )
     use_rollout_routing_replay: bool = flag(
-        False, "Route tokens to the experts that the engine has used.", status=not_built(REPLAY)
+        False, "Route tokens to the experts that the engine has used."
     )
     use_opsm: bool = flag(False, "Drop bad samples that are far off-policy.", status=not_built(OPSM))
     opsm_delta: float = flag(1e-4, "Distance from which on they are dropped.", status=not_built(OPSM))

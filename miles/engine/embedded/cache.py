@@ -5,6 +5,7 @@ changes places with the last one. A free slot keeps what it held until somebody 
 begins with the same tokens takes the common prefix from there instead of computing it (`find_prefix`).
 
     keys and values: [layers, slots, length, 2 * K, D]   (K key heads, then K value heads)
+    experts:         [slots, length, layers, top_k]      int32, which experts each token took; empty for a dense model
 
 Slots and length grow geometrically, inside a budget of `max_total_tokens` = slots * length. Which request sits where is
 the scheduler's business (`engine.py`); this file knows slots and token ids only.
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles.engine.embedded.model import Attend, DecoderShape
+from miles.engine.embedded.model import Attend, DecoderShape, Record
 
 MIN_SHARED_PREFIX = 8
 """Shorter common prefixes are cheaper to compute than to look up."""
@@ -38,6 +39,9 @@ class KVCache:
 
     Example: with two running requests and a finished one, `contents == [[5, 9, 2], [5, 9, 2], [8, 1]]`, n = 2.
     """
+
+    PLANES = 2
+    """Numbers kept of each token and dimension of a key head: the key's and the value's."""
 
     def __init__(
         self, shape: DecoderShape, dtype: torch.dtype, device: torch.device, *, max_slots: int, max_total_tokens: int
@@ -72,10 +76,12 @@ class KVCache:
         if slots > self.num_slots:
             new_slots = max(slots, min(2 * self.num_slots, self.max_slots))
         new_slots = max(slots, min(new_slots, self.max_total_tokens // new_length))
-        old, kept, contents = self.kv, min(self.num_slots, new_slots), self.contents
+        old, old_experts = self.kv, self.experts
+        kept, contents = min(self.num_slots, new_slots), self.contents
         old_length = min(self.length, new_length)
         self._allocate(new_slots, new_length)
         self.kv[:, :kept, :old_length] = old[:, :kept, :old_length]
+        self.experts[:kept, :old_length] = old_experts[:kept, :old_length]
         self.contents[:kept] = contents[:kept]
         return True
 
@@ -83,9 +89,12 @@ class KVCache:
         shape = self.shape
         # Zeros, not garbage: masked positions are multiplied by 0, and 0 * nan is nan.
         self.kv = torch.zeros(
-            (shape.num_layers, slots, length, 2 * shape.num_kv_heads, shape.head_dim),
+            (shape.num_layers, slots, length, self.PLANES * shape.num_kv_heads, shape.head_dim),
             dtype=self.dtype,
             device=self.device,
+        )
+        self.experts = torch.zeros(
+            (slots, length, shape.num_layers, shape.top_k), dtype=torch.int32, device=self.device
         )
         self.length = length
         self.contents = [[] for _ in range(slots)]
@@ -105,6 +114,9 @@ class KVCache:
         held = self.kv[:, ia, :used]
         self.kv[:, ia, :used] = self.kv[:, ib, :used]
         self.kv[:, ib, :used] = held
+        held = self.experts[ia, :used]
+        self.experts[ia, :used] = self.experts[ib, :used]
+        self.experts[ib, :used] = held
         for x, y in zip(a, b):
             self.contents[x], self.contents[y] = self.contents[y], self.contents[x]
 
@@ -115,6 +127,7 @@ class KVCache:
         used = max(lengths)
         from_, to = (torch.tensor(slots, device=self.device) for slots in (sources, targets))
         self.kv[:, to, :used] = self.kv[:, from_, :used]
+        self.experts[to, :used] = self.experts[from_, :used]
         copied = [self.contents[source][:length] for source, length in zip(sources, lengths)]
         for target, tokens in zip(targets, copied):
             self.contents[target] = tokens
@@ -137,6 +150,21 @@ class KVCache:
         best = max(((common_prefix(self.contents[s], tokens, limit), s) for s in slots[-CANDIDATES:]), default=None)
         return None if best is None else (best[1], best[0])
 
+    # ---- experts -------------------------------------------------------------------------------------------------
+
+    def recorder(self, rows_N: Tensor) -> Record:
+        """Writes the experts of the tokens at `rows_N` = slot * length + position, layer by layer."""
+        flat = self.experts.flatten(0, 1)
+
+        def record(layer: int, chosen: Tensor) -> None:
+            flat[rows_N, layer] = chosen.to(torch.int32)
+
+        return record
+
+    def experts_of(self, slot: int, length: int) -> Tensor:
+        """int32 [length, layers, top_k], a copy; zeros in the layers that have no experts."""
+        return self.experts[slot, :length].clone()
+
     # ---- attention -----------------------------------------------------------------------------------------------
 
     def decode_attention(self, rows_N: Tensor, mask: Tensor, num: int, longest: int) -> Attend:
@@ -157,18 +185,18 @@ class KVCache:
 
         return attend
 
-    def prefill_attention(self, slots: Sequence[int], offsets: Sequence[int], width: int) -> tuple[Tensor, Attend]:
+    def prefill_attention(
+        self, slots: Sequence[int], offsets: Sequence[int], width: int
+    ) -> tuple[Tensor, Tensor, Attend]:
         """`width` tokens (right-padded) into each of `slots`, from position `offsets[i]` on.
 
-        Returns the positions int64 [P * width] and the attention. Padding lands behind the tokens of its slot, where
-        the request's own later tokens overwrite it before anything reads it (slots have room for one more token).
+        Returns positions and rows (slot * length + position), int64 [P * width] each, and the attention. Padding lands
+        behind the tokens of its slot, where the request's own later tokens overwrite it before anything reads it (slots
+        have room for one more token).
         """
         h, k, d, num = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim, len(slots)
         flat = self.kv.view(self.shape.num_layers, -1, 2 * k, d)
-        start = torch.tensor(offsets, device=self.device).unsqueeze(1)
-        slots_P = torch.tensor(slots, device=self.device)
-        positions = (start + torch.arange(width, device=self.device)).clamp_(max=self.length - 1)
-        rows = (slots_P.unsqueeze(1) * self.length + positions).flatten()
+        slots_P, positions, rows = self._places(slots, offsets, width)
         reach = min(max(offsets) + width, self.length)
         mask = None
         if max(offsets) > 0:
@@ -185,7 +213,14 @@ class KVCache:
             )
             return out.transpose(1, 2).reshape(num * width, h, d)
 
-        return positions.flatten(), attend
+        return positions.flatten(), rows, attend
+
+    def _places(self, slots: Sequence[int], offsets: Sequence[int], width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots int64 [P], positions [P, width], rows [P * width]."""
+        start = torch.tensor(offsets, device=self.device).unsqueeze(1)
+        slots_P = torch.tensor(slots, device=self.device)
+        positions = (start + torch.arange(width, device=self.device)).clamp_(max=self.length - 1)
+        return slots_P, positions, (slots_P.unsqueeze(1) * self.length + positions).flatten()
 
 
 def common_prefix(a: list[int], b: list[int], limit: int) -> int:

@@ -34,6 +34,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from miles.engine.embedded.cache import KVCache
+from miles.engine.embedded.exact import ExactCache, ExactModel
 from miles.engine.embedded.model import DecoderModel, load_config, load_tensors
 from miles.engine.embedded.scheduler import Running, Scheduler
 from miles.engine.protocol import BadRequestError, GenerateRequest, GenerateResult
@@ -83,12 +85,14 @@ class EmbeddedEngine:
         weight_version: str = "default",
         model_path: str = "",
         eos_token_ids: frozenset[int] | None = None,
+        exact: bool = False,
     ) -> None:
+        """`exact` (`--true-on-policy-mode`): float32, log-probs bit for bit those of the trainer."""
         if max_running_requests < 1:
             raise ValueError(f"max_running_requests must be >= 1, got {max_running_requests}")
-        self._dtype = dtype
+        self._dtype = dtype = torch.float32 if exact else dtype
         self.hf_config, self.tokenizer, self.model_path = hf_config, tokenizer, model_path
-        self.model = DecoderModel(hf_config, _cast(tensors, dtype))
+        self.model = (ExactModel if exact else DecoderModel)(hf_config, _cast(tensors, dtype))
         self.context_length = min(context_length or self.model.shape.context_length, self.model.shape.context_length)
         self._scheduler = Scheduler(
             self.model,
@@ -99,6 +103,7 @@ class EmbeddedEngine:
             eos_ids=eos_token_ids if eos_token_ids is not None else end_of_sequence_ids(hf_config, tokenizer),
             seed=seed,
             weight_version=weight_version,
+            cache_class=ExactCache if exact else KVCache,
         )
         self._replies: dict[Running, _Reply] = {}
         self._outboxes: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
@@ -471,7 +476,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[s
 def _affordable_tokens(model: DecoderModel, max_running_requests: int) -> int:
     """Tokens of keys and values that fit a share of the free memory, at most what the slots can hold."""
     shape = model.shape
-    bytes_per_token = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
+    bytes_per_token = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * model.cache_dtype.itemsize
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
     else:

@@ -1,9 +1,10 @@
-"""A decoder as plain functions over tensors: dense Llama, Qwen2 and Qwen3 checkpoints, read by Hugging Face names.
+"""A decoder as plain functions over tensors: Llama, Qwen2, Qwen3 and Qwen3-MoE checkpoints, by Hugging Face names.
 
 The model owns no weights: it refers to the tensors of a mapping (a loaded checkpoint, or the live parameters of a
 trainer in the same process), so that a weight update in one process copies nothing. It knows nothing about requests or
 slots: `forward` runs flat tokens through the layers and hands each layer's queries, keys and values to an `attend`
-function, which the cache supplies (`cache.py`).
+function, which the cache supplies (`cache.py`), and the experts that its tokens took to a `record` function. The
+feed-forward layers are in `mlp.py`.
 
 Shapes: N tokens, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
 """
@@ -19,13 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miles.engine.embedded.mlp import DenseMlp, Linear, SparseMlp
 from miles.errors import CheckpointError
 
-SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 
 Attend = Callable[[int, Tensor], Tensor]
 """(layer, qkv [N, H + 2K, D]) -> attention output [N, H, D]."""
+
+Record = Callable[[int, Tensor], None]
+"""(layer, experts int64 [N, top_k]): which experts a layer's tokens took."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class DecoderShape:
 
         DecoderShape(num_layers=3, hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=53,
                      context_length=128, norm_eps=1e-6, tied_embeddings=True)
+
+    A mixture of experts has `num_experts` > 0, of which each token takes `top_k`.
     """
 
     num_layers: int
@@ -47,6 +54,9 @@ class DecoderShape:
     context_length: int
     norm_eps: float
     tied_embeddings: bool
+    num_experts: int = 0
+    top_k: int = 0
+    normalize_routing: bool = False  # the weights of a token's experts add up to 1
 
     @classmethod
     def from_config(cls, hf_config: Any) -> DecoderShape:
@@ -57,7 +67,9 @@ class DecoderShape:
                 f"The embedded engine cannot run a {names[0]} checkpoint. It runs {', '.join(SUPPORTED)}; use an "
                 "SGLang engine for others."
             )
-        windowed = "sliding_attention" in (getattr(hf_config, "layer_types", None) or [])
+        layer_types = getattr(hf_config, "layer_types", None)
+        window = getattr(hf_config, "sliding_window", None)
+        windowed = window is not None and ("sliding_attention" in layer_types if layer_types else True)
         if windowed and hf_config.sliding_window < hf_config.max_position_embeddings:
             raise CheckpointError(
                 f"The embedded engine has no sliding-window attention, and this checkpoint uses a window of "
@@ -76,24 +88,18 @@ class DecoderShape:
             context_length=hf_config.max_position_embeddings,
             norm_eps=hf_config.rms_norm_eps,
             tied_embeddings=bool(hf_config.tie_word_embeddings),
+            **_expert_numbers(hf_config),
         )
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A projection by reference. `transposed` is a view of the checkpoint's `[out, in]` weight."""
-
-    weight: Tensor  # [out, in]
-    transposed: Tensor  # [in, out]
-    bias: Tensor | None  # [out]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + x @ weight.T (+ bias), the sum inside the matrix product."""
-        out = torch.addmm(residual, x, self.transposed)
-        return out if self.bias is None else out.add_(self.bias)
+def _expert_numbers(hf_config: Any) -> dict[str, Any]:
+    if hf_config.model_type != "qwen3_moe":
+        return {}
+    return {
+        "num_experts": hf_config.num_experts,
+        "top_k": hf_config.num_experts_per_tok,
+        "normalize_routing": bool(hf_config.norm_topk_prob),
+    }
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,7 @@ class Layer:
     qk_norm: Tensor | None  # [H + K, D], Qwen3: the norm weight of each head
     o: Linear
     post_norm: Tensor  # [C]
-    gate_up: Linear  # [2F, C]
-    down: Linear
+    mlp: DenseMlp | SparseMlp
 
 
 class DecoderModel:
@@ -134,6 +139,11 @@ class DecoderModel:
         self.embed, self.layers, self.final_norm, self.head = embed, layers, final_norm, head
         self.dtype, self.device = embed.dtype, embed.device
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What keys and values are kept in."""
+        return self.dtype
+
     def cover_positions(self, count: int) -> None:
         """Make the rotary tables fit the weights, and long enough for positions below `count`."""
         if count <= self._num_positions and (self._cos.dtype, self._cos.device) == (self.dtype, self.device):
@@ -145,7 +155,7 @@ class DecoderModel:
         self._sin = torch.cat((-sin, sin), -1).to(self.device, self.dtype)
         self._num_positions = count
 
-    def forward(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, record: Record) -> Tensor:
         """int64 [N] tokens at int64 [N] positions -> hidden states [N, C] after the final norm."""
         shape = self.shape
         cos = self._cos.index_select(0, positions_N).unsqueeze(1)
@@ -155,8 +165,12 @@ class DecoderModel:
         for i, layer in enumerate(self.layers):
             qkv = self._qkv(layer, F.rms_norm(x, size, layer.input_norm, eps), cos, sin)
             x = layer.o.added_to(x, attend(i, qkv).flatten(1))
-            gate, up = layer.gate_up(F.rms_norm(x, size, layer.post_norm, eps)).chunk(2, 1)
-            x = layer.down.added_to(x, F.silu(gate).mul_(up))
+            y = F.rms_norm(x, size, layer.post_norm, eps)
+            if isinstance(layer.mlp, SparseMlp):
+                x, chosen = layer.mlp.added_to(x, y)
+                record(i, chosen)
+            else:
+                x = layer.mlp.added_to(x, y)
         return F.rms_norm(x, size, self.final_norm, eps)
 
     def _qkv(self, layer: Layer, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -175,6 +189,10 @@ class DecoderModel:
     def logits(self, hidden_NC: Tensor) -> Tensor:
         """float32 [N, V]."""
         return F.linear(hidden_NC, self.head).float()
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """float32 [N, V], as the trainer computes it."""
+        return torch.log_softmax(logits, -1)
 
 
 class _Taker:
@@ -220,8 +238,6 @@ class _Taker:
 def _read_layer(take: _Taker, name: str, shape: DecoderShape) -> Layer:
     c, d = shape.hidden_size, shape.head_dim
     wide, narrow = shape.num_heads * d, shape.num_kv_heads * d
-    gate_name = f"{name}.mlp.gate_proj.weight"
-    ffn = take.tensors[gate_name].shape[0] if gate_name in take else 0
     qk_norm = None
     if f"{name}.self_attn.q_norm.weight" in take:
         each = [take(f"{name}.self_attn.{part}_norm.weight", (d,)) for part in ("q", "k")]
@@ -234,8 +250,41 @@ def _read_layer(take: _Taker, name: str, shape: DecoderShape) -> Layer:
         qk_norm=qk_norm,
         o=take.linear(f"{name}.self_attn", ("o_proj", c), in_features=wide),
         post_norm=take(f"{name}.post_attention_layernorm.weight", (c,)),
-        gate_up=take.linear(f"{name}.mlp", ("gate_proj", ffn), ("up_proj", ffn), in_features=c),
-        down=take.linear(f"{name}.mlp", ("down_proj", c), in_features=ffn),
+        mlp=(_read_sparse if f"{name}.mlp.gate.weight" in take else _read_dense)(take, f"{name}.mlp", shape),
+    )
+
+
+def _read_dense(take: _Taker, name: str, shape: DecoderShape) -> DenseMlp:
+    c, gate_name = shape.hidden_size, f"{name}.gate_proj.weight"
+    ffn = take.tensors[gate_name].shape[0] if gate_name in take else 0
+    return DenseMlp(
+        gate_up=take.linear(name, ("gate_proj", ffn), ("up_proj", ffn), in_features=c),
+        down=take.linear(name, ("down_proj", c), in_features=ffn),
+    )
+
+
+def _read_sparse(take: _Taker, name: str, shape: DecoderShape) -> SparseMlp:
+    """Experts stacked in two tensors, as a trainer's model has them, or one by one, as checkpoints have them."""
+    c, num = shape.hidden_size, shape.num_experts
+    stacked, first = f"{name}.experts.down_proj", f"{name}.experts.0.down_proj.weight"
+    if stacked in take:
+        ffn = take.tensors[stacked].shape[-1]
+        gate_up = take(f"{name}.experts.gate_up_proj", (num, 2 * ffn, c))
+        down = take(stacked, (num, c, ffn))
+    else:
+        ffn = take.tensors[first].shape[-1] if first in take else 0
+
+        def each(part: str, out: int, in_features: int) -> list[Tensor]:
+            return [take(f"{name}.experts.{e}.{part}.weight", (out, in_features)) for e in range(num)]
+
+        gate_up = torch.stack([torch.cat(pair) for pair in zip(each("gate_proj", ffn, c), each("up_proj", ffn, c))])
+        down = torch.stack(each("down_proj", c, ffn))
+    return SparseMlp(
+        router=take(f"{name}.gate.weight", (num, c)),
+        gate_up=gate_up,
+        down=down,
+        top_k=shape.top_k,
+        normalize=shape.normalize_routing,
     )
 
 

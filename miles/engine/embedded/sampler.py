@@ -10,7 +10,7 @@ requests report log-softmax of the logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -46,8 +46,14 @@ class BatchSampler:
     """
 
     def __init__(
-        self, params: Sequence[SamplingParams], seeds: Sequence[int], positions: Sequence[int], device: torch.device
+        self,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        positions: Sequence[int],
+        device: torch.device,
+        log_softmax: Callable[[Tensor], Tensor],
     ) -> None:
+        self._log_softmax = log_softmax
         self._seeds = np.array([seed & (2**64 - 1) for seed in seeds], dtype=np.uint64)
         self._positions = np.array(positions, dtype=np.uint64)
         self._device = device
@@ -66,7 +72,7 @@ class BatchSampler:
         """float32 [N, V] logits (overwritten) -> int64 [N] tokens and their float32 [N] log-probs."""
         if self._temperature is not None:
             logits.div_(self._temperature)
-        logprobs = torch.log_softmax(logits, -1)
+        logprobs = self._log_softmax(logits)
         tokens = logprobs.argmax(-1) if self._all_greedy else self._draw(logprobs)
         self._positions += np.uint64(1)
         return tokens, logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1)

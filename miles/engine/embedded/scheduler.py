@@ -16,6 +16,7 @@ Everything here runs in one thread (`engine.py` owns that thread and all waiting
 
 from __future__ import annotations
 
+import base64
 import math
 import time
 from collections import deque
@@ -66,6 +67,7 @@ class Running:
     input_logprobs: list[TokenLogprob] | None = None
     spans: list[WeightVersionSpan] = field(default_factory=list)
     finish: FinishReason | None = None
+    experts: Tensor | None = None  # int32 [len(ids) - 1, layers, top_k], once it has left its slot
 
     @property
     def num_output(self) -> int:
@@ -112,7 +114,9 @@ class Scheduler:
         eos_ids: frozenset[int],
         seed: int,
         weight_version: str,
+        cache_class: type[KVCache] = KVCache,
     ) -> None:
+        self._cache_class = cache_class
         self.model, self.tokenizer = model, tokenizer
         self.max_running_requests, self.context_length, self.eos_ids = max_running_requests, context_length, eos_ids
         self.max_total_tokens = max_total_tokens
@@ -125,9 +129,9 @@ class Scheduler:
         self._seeds = torch.Generator().manual_seed(seed)
 
     def _new_cache(self) -> KVCache:
-        return KVCache(
+        return self._cache_class(
             self.model.shape,
-            self.model.dtype,
+            self.model.cache_dtype,
             self.model.device,
             max_slots=self.max_running_requests,
             max_total_tokens=self.max_total_tokens,
@@ -170,7 +174,7 @@ class Scheduler:
             raise BadRequestError(f"input_ids: token {bad} is outside the vocabulary of {vocab} tokens.")
         if params.stop and self.tokenizer is None:
             raise BadRequestError("this engine has no tokenizer: use stop_token_ids instead of stop.")
-        if request.return_routed_experts:
+        if request.return_routed_experts and not self.model.shape.num_experts:
             raise BadRequestError("return_routed_experts needs a mixture-of-experts model; this one is dense.")
         limit = self._length_limit(len(ids), params)
         if request.return_logprob and request.logprob_start_len > len(ids):
@@ -276,8 +280,10 @@ class Scheduler:
             rows = [r.ids[offset:-1] + [0] * (width - (len(r.ids) - 1 - offset)) for r, offset in batch]
             tokens = torch.tensor(rows, device=self.model.device).flatten()
             self.model.cover_positions(self.cache.length)
-            positions, attend = self.cache.prefill_attention([r.slot for r, _ in batch], [o for _, o in batch], width)
-            hidden = self.model.forward(tokens, positions, attend).view(len(batch), width, -1)
+            slots, offsets = [r.slot for r, _ in batch], [offset for _, offset in batch]
+            positions, places, attend = self.cache.prefill_attention(slots, offsets, width)
+            hidden = self.model.forward(tokens, positions, attend, self.cache.recorder(places))
+            hidden = hidden.view(len(batch), width, -1)
             for i, (r, offset) in enumerate(batch):
                 if r.score_from < r.prompt_len:
                     self._score(r, hidden[i, r.score_from - offset : r.prompt_len - 1 - offset])
@@ -290,7 +296,7 @@ class Scheduler:
         targets = torch.tensor(r.ids[r.score_from + 1 : r.prompt_len], device=hidden.device)
         scores: list[float] = []
         for part, wanted in zip(hidden.split(SCORE_ROWS), targets.split(SCORE_ROWS)):
-            logprobs = torch.log_softmax(self.model.logits(part), -1)
+            logprobs = self.model.log_softmax(self.model.logits(part))
             scores += logprobs.gather(1, wanted.unsqueeze(1)).squeeze(1).tolist()
         rest = zip(scores, r.ids[r.score_from + 1 : r.prompt_len])
         r.input_logprobs = [(None, r.ids[r.score_from], None), *((score, token, None) for score, token in rest)]
@@ -306,7 +312,8 @@ class Scheduler:
         num = len(self.running)
         mask = batch.mask[:, :, :, : batch.longest]
         attend = self.cache.decode_attention(batch.rows, mask, num, batch.longest)
-        logits = self.model.logits(self.model.forward(batch.tokens, batch.positions, attend))
+        record = self.cache.recorder(batch.rows)
+        logits = self.model.logits(self.model.forward(batch.tokens, batch.positions, attend, record))
         for r in batch.min_new:
             if r.num_output < r.request.sampling_params.min_new_tokens:
                 logits[r.slot, r.forbidden] = -math.inf
@@ -335,7 +342,7 @@ class Scheduler:
             rows=torch.arange(len(running), device=device) * length + positions,
             mask=mask[:, None, None, :],
             longest=longest,
-            sampler=BatchSampler(params, [r.seed for r in running], lengths, device),
+            sampler=BatchSampler(params, [r.seed for r in running], lengths, device, self.model.log_softmax),
             min_new=[r for r in running if r.num_output < r.request.sampling_params.min_new_tokens],
         )
 
@@ -384,9 +391,15 @@ class Scheduler:
         del self.running[num:]
         for r in done:
             self.cache.contents[r.slot] = r.ids[:-1] if r.epoch == self.cache.epoch else []
-            r.slot = -1
+            self._vacate(r)
         self.finished.extend(done)
         self._batch = None
+
+    def _vacate(self, r: Running) -> None:
+        """Take what a request's result needs from its slot."""
+        if r.request.return_routed_experts:
+            r.experts = self.cache.experts_of(r.slot, len(r.ids) - 1)
+        r.slot = -1
 
     # ---- between steps -------------------------------------------------------------------------------------------
 
@@ -404,7 +417,7 @@ class Scheduler:
         """Put running requests back to the head of the queue; their keys and values will be computed again."""
         self.waiting.extendleft(reversed(self.running))
         for r in self.running:
-            r.slot = -1
+            self._vacate(r)
         self.running = []
         self._batch = None
 
@@ -423,7 +436,7 @@ class Scheduler:
                 r.close_span(self.weight_version)
         self.weight_version = version
         self.cache.flush()
-        if (self.cache.dtype, self.cache.device) != (self.model.dtype, self.model.device):
+        if (self.cache.dtype, self.cache.device) != (self.model.cache_dtype, self.model.device):
             self.retract()
             self.cache = self._new_cache()
 
@@ -452,6 +465,8 @@ class Scheduler:
             weight_versions=r.spans,
             e2e_latency_s=time.perf_counter() - r.started_s,
         )
+        if r.experts is not None:
+            result.routed_experts = base64.b64encode(r.experts.cpu().numpy().astype("<i4").tobytes()).decode("ascii")
         if request.return_logprob:
             result.output_logprobs, result.input_logprobs = r.logprobs, r.input_logprobs
             if request.return_text_in_logprobs and self.tokenizer is not None:

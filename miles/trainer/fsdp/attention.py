@@ -11,6 +11,7 @@ model's keyword arguments as `packing`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "miles_packed"
+
+Kernel = Callable[[Tensor, Tensor, Tensor, float, float | None, int | None], Tensor]
+"""(queries [n, H, S, d], keys, values [n, H_kv, S, d], dropout, scaling, sliding window) -> [n, H, S, d], causal."""
 
 # Rows up to this length: on a CPU the weights [S, S] of a row stay in the cache, and the fused kernel's bookkeeping
 # costs more than it saves (a quarter of its time at 40 tokens).
@@ -104,9 +108,13 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    kernel: Kernel | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, P, d], key and value [1, H_kv, P, d] -> ([1, P, H, d], None)."""
+    """query [1, H, P, d], key and value [1, H_kv, P, d] -> ([1, P, H, d], None).
+
+    `kernel` computes the padded rows instead of the two functions below.
+    """
     heads = query.shape[1]
 
     def padded(x: Tensor) -> Tensor:
@@ -116,7 +124,9 @@ def packed_attention(
         return laid_out.view(packing.rows, packing.width, h, d).transpose(1, 2)
 
     q, k, v = padded(query), padded(key), padded(value)
-    if packing.width <= SHORT_ROWS and q.device.type == "cpu" and dropout == 0.0 and sliding_window is None:
+    if kernel is not None:
+        out = kernel(q, k, v, dropout, scaling, sliding_window)
+    elif packing.width <= SHORT_ROWS and q.device.type == "cpu" and dropout == 0.0 and sliding_window is None:
         out = _short_attention(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling)
     else:
         out = _fused_attention(q, k, v, dropout, scaling, sliding_window)

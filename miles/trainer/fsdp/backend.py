@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,9 +22,9 @@ from torch.distributed.tensor import DTensor
 from miles.batch.pack import PackedBatch
 from miles.config import OptimizerConfig, TrainConfig
 from miles.trainer.backend import LossFn, ModelOutput, StepResult
-from miles.trainer.fsdp import checkpoint
+from miles.trainer.fsdp import checkpoint, exact, moe
 from miles.trainer.fsdp.attention import Packing
-from miles.trainer.fsdp.model import load_model, owned_tensors
+from miles.trainer.fsdp.model import load_model, on_disk, owned_tensors
 from miles.trainer.ranks import Ranks
 from miles.trainer.schedule import ParamScheduler, Schedule
 from miles.weights.gather import gathered
@@ -64,6 +65,10 @@ class FsdpBackend:
         self._idle = one_token(self.device)
         self._saver = checkpoint.Saver(self.ranks)
         self.model_chunks = [self.model]
+        self.routers = moe.use_in(self.model)
+        if train.true_on_policy_mode:
+            exact.use_in(self.model, self.routers)
+        self.routing = None if self.routers is None else self.routers.shape
         self.has_dropout = any(
             isinstance(value, float) and value > 0
             for name, value in self.model.config.to_dict().items()
@@ -97,11 +102,16 @@ class FsdpBackend:
             hidden = self.model.base_model(**inputs).last_hidden_state
         else:
             hidden = self.model.hidden_states(**inputs)
-        return ModelOutput(hidden[0], self.model.get_output_embeddings().weight)
+        taken = None if self.routers is None else self.routers.taken()
+        return ModelOutput(hidden[0], self.model.get_output_embeddings().weight, routed_experts=taken)
 
     def _missing(self, micro_batches: Sequence[PackedBatch]) -> int:
         """How many passes this rank has to make only because another one has that many more."""
         return self.ranks.largest(len(micro_batches)) - len(micro_batches)
+
+    def _following(self, micro: PackedBatch) -> AbstractContextManager[None]:
+        """The passes over `micro` inside take the experts that it prescribes."""
+        return nullcontext() if self.routers is None else self.routers.following(micro.routed_experts)
 
     def forward_only(
         self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]
@@ -110,7 +120,7 @@ class FsdpBackend:
         self.model.eval()
         try:
             with torch.no_grad():
-                results = [read(micro, self._forward(micro)) for micro in micro_batches]
+                results = [self._read(micro, read) for micro in micro_batches]
                 for _ in range(missing):
                     self._forward(self._idle)
                 return results
@@ -121,11 +131,16 @@ class FsdpBackend:
 
                 reshard(self.model)
 
+    def _read(self, micro: PackedBatch, read: Callable[[PackedBatch, ModelOutput], T]) -> T:
+        with self._following(micro):
+            return read(micro, self._forward(micro))
+
     def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[dict[str, Tensor]]:
         missing, metrics = self._missing(micro_batches), []
         for micro in micro_batches:
-            result = loss_fn(micro, self._forward(micro))
-            result.loss.backward()
+            with self._following(micro):  # the backward pass too: activation checkpointing routes again
+                result = loss_fn(micro, self._forward(micro))
+                result.loss.backward()
             metrics.append(result.metrics)
         for _ in range(missing):
             hidden = self._forward(self._idle).hidden
@@ -220,7 +235,7 @@ class FsdpBackend:
             return
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
-        save_file(checkpoint.contiguous(state), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(checkpoint.contiguous(on_disk(self.model, state)), folder / "model.safetensors", metadata={"format": "pt"})
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
         load_tokenizer(self.source, trust_remote_code=True).save_pretrained(folder)
@@ -248,4 +263,5 @@ def one_token(device: torch.device) -> PackedBatch:
         sample_ids=none,
         loss_mask=none.int(),
         response_places=none,
+        token_places=np.zeros(1, dtype=np.int64),
     )

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.logging import disable_progress_bar
 
 from miles.errors import CheckpointError
@@ -64,6 +65,13 @@ def owned_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             owned[name] = tensor.detach()
     return owned
+
+
+def on_disk(model: PreTrainedModel, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of `owned_tensors`, not cut, under the names that Hugging Face folders have: transformers keeps experts
+    stacked in one tensor, files know them one by one."""
+    stacked = any(tensor.dim() == 3 and ".experts." in name for name, tensor in whole.items())
+    return revert_weight_conversion(model, whole) if stacked else whole
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:

@@ -69,7 +69,6 @@ NOT_BUILT = [
     ["--use-miles-router"],
     ["--miles-router-middleware-paths", "my.middleware.Cache"],
     ["--custom-megatron-init-path", "my.hooks.init"],
-    ["--use-rollout-routing-replay"],
     ["--sglang-ep-size", "2"],
     ["--profile-target", "train_actor", "train_log_probs"],
 ]

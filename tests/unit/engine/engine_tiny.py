@@ -16,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from miles.engine.embedded import EmbeddedEngine
@@ -47,6 +49,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
 ARCHITECTURES = {
     "llama": (LlamaForCausalLM, LlamaConfig(**COMMON)),
     "llama-mha-bias-rope3": (
@@ -56,8 +59,16 @@ ARCHITECTURES = {
     "llama-linear": (LlamaForCausalLM, LlamaConfig(**COMMON, rope_scaling={"rope_type": "linear", "factor": 2.0})),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**COMMON, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**COMMON, head_dim=16, tie_word_embeddings=True)),
+    "qwen3-moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**COMMON, **EXPERTS, norm_topk_prob=True)),
+    "qwen3-moe-mixed": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**(COMMON | EXPERTS | {"num_hidden_layers": 3, "num_experts_per_tok": 3}), mlp_only_layers=[1]),
+    ),
     "qwen3-yarn": (Qwen3ForCausalLM, Qwen3Config(**COMMON, head_dim=8, rope_scaling=YARN_ROPE)),
 }
+
+
+REQUEST_FIELDS = ("logprob_start_len", "return_text_in_logprobs", "return_routed_experts")
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -90,7 +101,7 @@ def make_checkpoint(folder: Path, kind: str = "qwen3", seed: int = 0) -> Path:
 
 def request(ids: list[int], rid: str | None = None, **options: object) -> GenerateRequest:
     """A request with log-probs; options are sampling parameters, or fields of the request."""
-    own = {name: options.pop(name) for name in ("logprob_start_len", "return_text_in_logprobs") if name in options}
+    own = {name: options.pop(name) for name in REQUEST_FIELDS if name in options}
     own |= {"rid": rid} if rid else {}
     return GenerateRequest(
         input_ids=ids, return_logprob=True, sampling_params=SamplingParams.from_payload(options), **own

@@ -25,6 +25,10 @@ SETTINGS = {
 }
 
 
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits, -1)
+
+
 def expected_probs(temperature: float = 1.0, top_k: int = 6, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
     """Written out plainly: cut the sorted distribution, then renormalise."""
     probs = torch.softmax(LOGITS.double() / temperature, -1).numpy()
@@ -38,7 +42,7 @@ def expected_probs(temperature: float = 1.0, top_k: int = 6, top_p: float = 1.0,
 
 def sample(params: SamplingParams, rows: int, seeds: list[int] | None = None, position: int = 7):
     seeds = list(range(rows)) if seeds is None else seeds
-    sampler = BatchSampler([params] * rows, seeds, [position] * rows, torch.device("cpu"))
+    sampler = BatchSampler([params] * rows, seeds, [position] * rows, torch.device("cpu"), log_softmax)
     return sampler.sample(LOGITS.repeat(rows, 1))
 
 
@@ -83,7 +87,7 @@ def test_rows_with_different_parameters_do_not_touch_each_other() -> None:
         SamplingParams(temperature=0.3),
     ]
     seeds = [11, 12, 13, 14]
-    sampler = BatchSampler(params, seeds, [3] * 4, torch.device("cpu"))
+    sampler = BatchSampler(params, seeds, [3] * 4, torch.device("cpu"), log_softmax)
     tokens, logprobs = sampler.sample(LOGITS.repeat(4, 1))
     for i, one in enumerate(params):
         alone_tokens, alone_logprobs = sample(one, 1, [seeds[i]], position=3)
@@ -93,7 +97,7 @@ def test_rows_with_different_parameters_do_not_touch_each_other() -> None:
 
 def test_a_forbidden_token_is_never_drawn() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, -math.inf]]).repeat(2000, 1)
-    sampler = BatchSampler([SamplingParams()] * 2000, list(range(2000)), [0] * 2000, torch.device("cpu"))
+    sampler = BatchSampler([SamplingParams()] * 2000, list(range(2000)), [0] * 2000, torch.device("cpu"), log_softmax)
     tokens, logprobs = sampler.sample(logits)
     assert set(tokens.tolist()) == {1}
     assert logprobs.abs().max() == 0
