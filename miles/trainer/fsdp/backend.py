@@ -235,7 +235,8 @@ class FsdpBackend:
             return
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
-        save_file(checkpoint.contiguous(on_disk(self.model, state)), folder / "model.safetensors", metadata={"format": "pt"})
+        tensors = checkpoint.contiguous(on_disk(self.model, state))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
         load_tokenizer(self.source, trust_remote_code=True).save_pretrained(folder)
