@@ -10,6 +10,7 @@
     ├── HookError             plug-in code failed while the run was going: error card, exit status 1
     │   └── ErrorBudgetExceeded   too many tolerated failures in one rollout
     ├── TrainerError          a process of the trainer failed or died
+    ├── StepError             an optimizer step has no finite loss or gradient, and --nan-policy is stop: exit status 1
     ├── EngineError           an engine answered with an error, or not at all
     └── RunStopped            the user asked to stop (SIGINT, SIGTERM): exit status 130
 
@@ -99,6 +100,10 @@ class HookError(MilesError):
 
 class ErrorBudgetExceeded(HookError):
     """More plug-in calls of one rollout failed than `--hook-error-budget` tolerates."""
+
+
+class StepError(MilesError):
+    """An optimizer step has no finite loss or gradient. The message says which, and where its samples are kept."""
 
 
 class EngineError(MilesError):

@@ -19,9 +19,11 @@ from miles.batch.types import row_name
 from miles.errors import UsageError
 from miles.types import Sample, is_failed
 
-# Estimators whose rewards are centred per group, and those that divide by the group's standard deviation as well.
-CENTRED = frozenset({"grpo", "gspo", "reinforce_plus_plus_baseline"})
-SCALED = frozenset({"grpo", "gspo"})
+# Estimators whose rewards are centred per group, those that divide by the group's standard deviation as well, and those
+# whose baseline leaves the sample itself out.
+CENTRED = frozenset({"grpo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline"})
+SCALED = frozenset({"grpo", "gspo", "cispo"})
+LEFT_OUT = frozenset({"rloo"})
 
 # Keeps the division finite where a group's rewards are almost equal.
 STD_EPSILON = 1e-6
@@ -58,6 +60,7 @@ def default_rewards(
         failed,
         scale=std_normalization and estimator in SCALED,
         lone_is_raw=n_samples_per_prompt == 1,
+        leave_one_out=estimator in LEFT_OUT,
     )
 
 
@@ -134,8 +137,12 @@ def normalize(
     *,
     scale: bool,
     lone_is_raw: bool,
+    leave_one_out: bool = False,
 ) -> FloatArray:
     """GRPO's group normalisation (arXiv:2402.03300, section 4.1): (r - mean) / (std + 1e-6), unbiased std.
+
+    With `leave_one_out` (RLOO, arXiv:2402.14740) the mean is that of the others: r_i - mean of r_j over j != i, which
+    is (r_i - mean) n / (n - 1) for the n samples that are not failed.
 
     Mean and std are taken over the group's samples that are not failed. Equal rewards give exactly 0. A group of one
     has no baseline and no spread: it gives 0, as nothing can be learned from a comparison that is not there. With
@@ -152,6 +159,8 @@ def normalize(
     np.minimum.at(lowest, groups[valid], numbers[valid])
     np.maximum.at(highest, groups[valid], numbers[valid])
     centred[(lowest == highest)[groups]] = 0.0
+    if leave_one_out:
+        centred *= (counts / np.maximum(counts - 1, 1))[groups]
     if scale:
         variances = np.bincount(groups, centred**2, num_groups) / np.maximum(counts - 1, 1)
         centred /= np.sqrt(variances)[groups] + STD_EPSILON

@@ -44,6 +44,11 @@ def _line(flag: Flag, width: int) -> str:
     text = flag.help + _remark(flag)
     lines = textwrap.wrap(text, max(30, width - HELP_COLUMN), break_on_hyphens=False)
     indent = "\n" + " " * HELP_COLUMN
+    if len(left) > width:  # long lists of choices break after a comma
+        pieces = left.strip().replace(",", ", ")
+        first, more = " " * INDENT, " " * 2 * INDENT
+        wrapped = textwrap.wrap(pieces, width, initial_indent=first, subsequent_indent=more, break_on_hyphens=False)
+        left = "\n".join(wrapped).replace(", ", ",")
     if len(left) + 2 > HELP_COLUMN:
         return left + indent + indent.join(lines)
     return left.ljust(HELP_COLUMN) + indent.join(lines)

@@ -24,6 +24,7 @@ from miles.config.evaluation import resolve_eval_datasets
 from miles.config.machine import local_gpus
 from miles.config.rewards import resolve_reward
 from miles.config.sections import FLAGS
+from miles.config.unread import unread
 from miles.errors import FlagError
 
 Rule = Callable[[Draft], None]
@@ -143,7 +144,7 @@ def folders_of_the_run(draft: Draft) -> None:
         path = draft[name]
         if path is not None:
             draft.rewrite(name, os.path.expanduser(path.replace("{run_dir}", draft["run_dir"])))
-    for name in ("save", "load"):
+    for name in ("save", "load", "critic_save", "critic_load", "ref_load"):
         if draft[name] is not None and os.path.lexists(draft[name]) and not os.path.isdir(draft[name]):
             raise FlagError(draft.option(name), given=draft[name], expected="a folder", remedy="This is a file.")
 
@@ -153,7 +154,10 @@ def model(draft: Draft) -> None:
         model_folder.check(draft["hf_checkpoint"])
 
 
-IN_RUN_DIR = ("save", "load", "save_hf", "dump_details", "save_debug_rollout_data", "save_debug_train_data")
+IN_RUN_DIR = (
+    *("save", "load", "critic_save", "critic_load", "ref_load", "save_hf"),
+    *("dump_details", "save_debug_rollout_data", "save_debug_train_data"),
+)
 
 
 def deterministic(draft: Draft) -> None:
@@ -434,6 +438,21 @@ def whitening(draft: Draft) -> None:
         raise FlagError(f"--advantage-estimator {estimator}", given="needs --normalize-advantages.")
 
 
+def policy_loss_inputs(draft: Draft) -> None:
+    """The built-in policy loss has nothing to weigh log-probs with."""
+    if draft["loss_type"] == "policy_loss" and not draft["compute_advantages_and_returns"]:
+        needs = "needs --loss-type sft_loss or custom_loss: the policy loss reads advantages."
+        raise FlagError("--disable-compute-advantages-and-returns", given=needs)
+
+
+def critic_inputs(draft: Draft) -> None:
+    """A critic learns from returns, and an actor that stops learning from it would learn from nothing."""
+    if draft["advantage_estimator"] == "ppo" and not draft["compute_advantages_and_returns"]:
+        raise FlagError("--advantage-estimator ppo", given="excludes --disable-compute-advantages-and-returns.")
+    if draft["critic_save"] is not None and draft["save"] is None:
+        raise FlagError("--critic-save", given="needs --save: actor and critic are saved together.")
+
+
 EFFECTS: list[Rule] = [
     run_dir,
     folders_of_the_run,
@@ -462,6 +481,9 @@ EFFECTS: list[Rule] = [
     routing_replay,
     training_temperature,
     whitening,
+    policy_loss_inputs,
+    critic_inputs,
+    unread,
 ]
 
 
@@ -482,6 +504,7 @@ NEEDS: list[tuple[str, Callable[[Any], bool], str]] = [
     ("get_mismatch_metrics", bool, "custom_tis_function_path"),
     ("loss_type", lambda v: v == "custom_loss", "custom_loss_function_path"),
     ("use_dynamic_batch_size", bool, "max_tokens_per_gpu"),
+    ("advantage_estimator", lambda v: v == "dr_grpo", "rollout_max_response_len"),
     ("use_kl_loss", bool, "ref_load"),
     ("kl_coef", bool, "ref_load"),
     ("enable_mtp_training", bool, "mtp_num_layers"),
@@ -495,6 +518,11 @@ NEEDS: list[tuple[str, Callable[[Any], bool], str]] = [
 
 
 def refuse_exclusive(draft: Draft) -> None:
+    if draft["advantage_estimator"] == "dr_grpo" and draft["calculate_per_token_loss"]:
+        raise FlagError(
+            "--advantage-estimator dr_grpo",
+            given="excludes --calculate-per-token-loss: it divides by a constant, not by the number of tokens.",
+        )
     for first, second, why in EXCLUSIVE:
         if draft[first] and draft[second]:
             raise FlagError(draft.option(first), given=f"excludes {draft.option(second)}: {why}")

@@ -27,10 +27,11 @@ def zero_gradient_rows(
     to each other, GSPO's ratio, OPSM's mask and every denominator max(sum of m, 1) are taken inside one sample. So
     leaving i out removes exactly the gradient of l_i. That gradient is zero if
 
-    - every mask entry of i is 0: l_i is a sum of terms m_t x_t, each 0 whatever x_t. (policy_loss and sft_loss), or
+    - every mask entry of i is 0: l_i is a sum of terms m_t x_t, each 0 whatever x_t. (all built-in losses), or
     - every unmasked token of i has advantage 0, and l_i has no term but the policy gradient: with A = 0 both sides of
-      the clip are -0 * ratio, with derivative 0 in the ratio; the dual clip needs A < 0; the built-in importance weight
-      is a constant factor. (policy_loss without entropy bonus and KL loss, since those do not vanish with A.)
+      the clip are -0 * ratio, with derivative 0 in the ratio; the dual clip needs A < 0; CISPO's term is A times log
+      pi times a constant; the built-in importance weight is a constant factor. (policy_loss without entropy bonus and
+      KL loss, since those do not vanish with A. A KL loss of weight 0 is run for its metric.)
 
     A user's loss, reducer or importance function may do anything with a sample, so with one of them nothing is left
     out; nor may it be by a model that adds a loss of its own over all tokens (expert balancing). Metrics are another
@@ -40,11 +41,11 @@ def zero_gradient_rows(
     empty = segment_sum((loss_mask != 0).float(), sample_ids, num_samples) == 0
     if settings.loss_type == "custom_loss" or plugins.pg_reducer is not None:
         return empty.new_zeros(num_samples)
-    if settings.loss_type == "sft_loss":
+    if settings.loss_type in ("sft_loss", "value_loss"):
         return empty
     if settings.corrects_importance and plugins.tis is not None:
         return empty.new_zeros(num_samples)
-    only_policy_gradient = settings.entropy_coef == 0 and (not settings.use_kl_loss or settings.kl_loss_coef == 0)
+    only_policy_gradient = settings.entropy_coef == 0 and not settings.use_kl_loss
     if advantages is None or not only_policy_gradient:
         return empty
     pulls = (advantages != 0) & (loss_mask != 0)

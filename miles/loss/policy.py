@@ -8,13 +8,15 @@ Each arrow is a function here or in `importance`, `kl`, `reduce`. Metrics carry 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from miles.errors import UsageError
 from miles.loss.importance import correct
 from miles.loss.kl import compute_approx_kl
-from miles.loss.reduce import Reducer, SumOfSampleMean, segment_sum, token_weights
+from miles.loss.reduce import Reducer, SumOfSampleMean, SumOverConstant, segment_sum, token_weights
 from miles.loss.types import LossInputs, LossOutput, LossPlugins, LossSettings, detached
 
 
@@ -24,7 +26,7 @@ def policy_loss(inputs: LossInputs, settings: LossSettings, plugins: LossPlugins
     old = inputs.require("rollout_log_probs" if settings.use_rollout_logprobs else "old_log_probs")
     measure = inputs.reducer(per_token=settings.calculate_per_token_loss)
     ppo_kl = policy_log_ratio(inputs, settings, old)
-    pg, clipped = compute_policy_loss(ppo_kl, advantages, settings.eps_clip, settings.clip_high, settings.eps_clip_c)
+    pg, clipped = SURROGATES.get(settings.advantage_estimator, clipped_surrogate)(inputs, settings, ppo_kl, advantages)
     extra: dict[str, Tensor] = {}
     if settings.use_opsm:
         keep, opsm_clipfrac = off_policy_sequence_mask(inputs, old, advantages, settings.opsm_delta)
@@ -33,8 +35,10 @@ def policy_loss(inputs: LossInputs, settings: LossSettings, plugins: LossPlugins
     masks = inputs.loss_masks
     if settings.corrects_importance:
         extra["ois"] = measure(torch.exp(-ppo_kl.detach()))
-        pg, masks, per_token = correct(inputs, settings, plugins, pg)
+        corrected, corrected_masks, per_token = correct(inputs, settings, plugins, pg)
         extra |= {name: measure(values.detach()) for name, values in per_token.items()}
+        if settings.use_tis:  # --get-mismatch-metrics alone only measures, whatever the function returns
+            pg, masks = corrected, corrected_masks
         if masks is not inputs.loss_masks:
             mask = torch.cat(masks) if masks else inputs.loss_mask
             per_token_loss = settings.calculate_per_token_loss
@@ -57,6 +61,31 @@ def policy_loss(inputs: LossInputs, settings: LossSettings, plugins: LossPlugins
         loss = loss + settings.kl_loss_coef * kl_loss
         metrics["kl_loss"] = kl_loss
     return LossOutput(loss, detached({"loss": loss, **metrics, **extra}, loss))
+
+
+def clipped_surrogate(
+    inputs: LossInputs, settings: LossSettings, ppo_kl: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
+    """PPO's, with the flags' clip range."""
+    return compute_policy_loss(ppo_kl, advantages, settings.eps_clip, settings.clip_high, settings.eps_clip_c)
+
+
+def clipped_weights(
+    inputs: LossInputs, settings: LossSettings, ppo_kl: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
+    """CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4): REINFORCE with the clipped ratio as a constant weight,
+    -clamp(ratio, 1 - eps_clip, 1 + eps_clip_high) A log pi, so that clipped tokens keep their gradient. The second
+    value is 1.0 where the ratio was clipped. The paper has no lower bound: --eps-clip 1."""
+    ratio = torch.exp(-ppo_kl.detach())
+    weight = ratio.clamp(1 - settings.eps_clip, 1 + settings.clip_high)
+    return -weight * advantages * inputs.trained(inputs.log_probs), (weight != ratio).to(ppo_kl.dtype)
+
+
+SURROGATES: dict[str, Callable[[LossInputs, LossSettings, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "cispo": clipped_weights,
+}
+"""Estimators with a policy-gradient term of their own: (inputs, settings, ppo_kl, advantages) -> (loss [R], clipped
+[R]). All others have `clipped_surrogate`."""
 
 
 def policy_log_ratio(inputs: LossInputs, settings: LossSettings, old: Tensor) -> Tensor:
@@ -108,8 +137,12 @@ def off_policy_sequence_mask(
 def pg_reducer(
     inputs: LossInputs, settings: LossSettings, plugins: LossPlugins, masks: list[Tensor], default: Reducer
 ) -> Reducer:
-    """What reduces the policy-gradient term alone: `--custom-pg-loss-reducer-function-path`, or the default."""
+    """What reduces the policy-gradient term alone: `--custom-pg-loss-reducer-function-path`, or the estimator's."""
     if plugins.pg_reducer is None:
+        if settings.advantage_estimator == "dr_grpo":
+            assert settings.rollout_max_response_len is not None
+            mask = torch.cat(masks) if masks else inputs.loss_mask
+            return SumOverConstant(mask, settings.rollout_max_response_len)
         return default
     own = [mask.clone() for mask in masks]  # a reducer that changes masks in place must not change the batch
     reducer = plugins.pg_reducer(inputs.total_lengths, inputs.response_lengths, own, settings.calculate_per_token_loss)

@@ -53,6 +53,17 @@ class SumOfSampleMean:
         return (values.masked_fill(self.masked, 0.0) * self.weights.to(values.dtype)).sum()
 
 
+class SumOverConstant:
+    """sum over samples i of (sum over t of x_t m_t) / `length`: Dr.GRPO (arXiv:2503.20783), where a token of a long
+    response counts as much as one of a short response."""
+
+    def __init__(self, loss_mask: Tensor, length: float) -> None:
+        self.loss_mask, self.length = loss_mask, length
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return (values.masked_fill(self.loss_mask == 0, 0.0) * self.loss_mask.to(values.dtype)).sum() / self.length
+
+
 def get_sum_of_sample_mean(
     total_lengths: Sequence[int],
     response_lengths: Sequence[int],

@@ -49,6 +49,11 @@ class LossSettings:
     use_opsm: bool = False
     opsm_delta: float = 1e-4
     value_clip: float = 0.2
+    gamma: float = 1.0
+    lambd: float = 1.0
+    kl_coef: float = 0.0
+    normalize_advantages: bool = False
+    rollout_max_response_len: int | None = None  # what dr_grpo divides by
 
     def __post_init__(self) -> None:
         if self.eps_clip_c is not None and self.eps_clip_c <= 1:
@@ -60,10 +65,24 @@ class LossSettings:
                 remedy="there is no mismatch left to correct.",
             )
 
+        if self.advantage_estimator == "dr_grpo" and self.rollout_max_response_len is None:
+            raise FlagError("--advantage-estimator dr_grpo", given="needs --rollout-max-response-len.")
+        if self.advantage_estimator == "dr_grpo" and self.calculate_per_token_loss:
+            raise FlagError(
+                "--advantage-estimator dr_grpo",
+                given="excludes --calculate-per-token-loss: it divides by a constant, not by the number of tokens.",
+            )
+
     @staticmethod
-    def of(section: object) -> LossSettings:
-        """From anything that carries these flags as attributes: a config section, or a plug-in's `args`."""
-        return LossSettings(**{f.name: getattr(section, f.name) for f in fields(LossSettings)})
+    def of(*sources: object) -> LossSettings:
+        """From anything that carries these flags as attributes, each taken from the first that has it: config
+        sections, or a plug-in's `args`."""
+
+        def value(name: str) -> Any:
+            holder = next((source for source in sources if hasattr(source, name)), sources[0])
+            return getattr(holder, name)
+
+        return LossSettings(**{f.name: value(f.name) for f in fields(LossSettings)})
 
     @property
     def clip_high(self) -> float:
@@ -139,6 +158,21 @@ class LossInputs:
             rollout_log_probs=columns.get("rollout_log_probs"),
             ref_log_probs=columns.get("ref_log_probs"),
             advantages=columns.get("advantages"),
+        )
+
+    @staticmethod
+    def of_values(micro: PackedBatch, values: Tensor, columns: Mapping[str, Tensor]) -> LossInputs:
+        """The same for a critic, from its values at the response tokens; the column `values` holds those before the
+        first step. A critic has no distribution: its log-probs are 0."""
+        return LossInputs(
+            log_probs=torch.zeros_like(values),
+            loss_mask=micro.loss_mask,
+            sample_ids=micro.sample_ids,
+            response_lengths=micro.response_lengths,
+            total_lengths=micro.total_lengths,
+            values=values,
+            old_values=columns.get("values"),
+            returns=columns.get("returns"),
         )
 
     @property

@@ -1,7 +1,7 @@
 """Everything of a local run, put together in order and taken apart again.
 
     run directory ── who else is using it is found out first
-    trainer ──────── loads the model, here or in processes of its own (`trainers`)
+    trainer ──────── loads the model, here or in processes of its own (`trainers`); for PPO a critic's beside it
     engine ───────── on the same weights; serves the protocol on loopback, so that plug-ins can post to it
     manager ──────── data source, rollout functions
     actor ────────── losses, optimizer steps, weight updates; restored from --load where there is a checkpoint
@@ -97,9 +97,7 @@ class Run:
             self._pending = resume.begin(
                 folder,
                 meta,
-                lambda folder: trainer.save(
-                    folder, with_optimizer=not checkpoint.no_save_optim, background=checkpoint.async_save
-                ),
+                lambda folder: self._write_model(folder, meta),
                 lambda: self.rollout.manager.save(rollout_id),
             )
             if not checkpoint.async_save:
@@ -125,6 +123,24 @@ class Run:
             except BaseException:
                 pending.abandon()
                 raise
+
+    def _write_model(self, folder: Path, meta: resume.Meta) -> None:
+        """The trainer's part of a checkpoint. The critic's is a folder in it, or one in --critic-save, which is
+        complete before this checkpoint is."""
+        assert self.trainer is not None
+        trainer, checkpoint = self.trainer.trainer, self.config.checkpoint
+        with_optimizer = not checkpoint.no_save_optim
+        if not self.config.algorithm.use_critic or checkpoint.critic_save is None:
+            trainer.save(folder, with_optimizer=with_optimizer, background=checkpoint.async_save)
+            return
+        own = Path(checkpoint.critic_save)
+        with disk_errors(own / f"iter_{meta.iteration:07d}", "--critic-save"):
+            resume.begin(
+                own,
+                meta,
+                lambda critic: trainer.save(folder, with_optimizer=with_optimizer, critic_folder=critic),
+                lambda: None,
+            ).finish()
 
     def _export(self, folder: Path, flag: str) -> None:
         """A Hugging Face folder; files of an earlier export are replaced when the new ones are complete.
@@ -198,6 +214,9 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         schedule = schedule_of(config.optimizer, num_rollout * (config.data.steps_per_rollout or 1))
         given = trainers.Surroundings(args, hooks, tracker, schedule, engine, clock.optimizer_step)
         trainer = loaded.role(given)
+        critic_folder = resume.critic_folder(config.checkpoint, checkpoint) if config.algorithm.use_critic else None
+        if critic_folder is not None:
+            trainer.trainer.restore_critic(critic_folder)
         if checkpoint is not None:
             meta = checkpoint.meta
             # The update before the first rollout counts the version up to what it was.
@@ -232,7 +251,8 @@ def anchored(config: RunConfig, args: Namespace) -> RunConfig:
     the working directory moves no file of the run."""
     names = {
         "rollout": ("hf_checkpoint",),
-        "checkpoint": ("save", "load", "save_hf"),
+        "checkpoint": ("save", "load", "save_hf", "ref_load", "critic_load", "critic_save"),
+        "run": ("run_dir",),
         "debug": ("save_debug_rollout_data", "load_debug_rollout_data", "save_debug_train_data"),
     }
     changed: dict[str, Any] = {}

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from miles.config import CheckpointConfig
 from miles.errors import CheckpointError
 from miles.observe import debug_data
 from miles.rollout.data_state import replace_file, sync
@@ -95,6 +96,35 @@ def find(load: str | None, save: str | None = None) -> Checkpoint | None:
         return Checkpoint(folder, Meta(**json.loads(meta.read_text())))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"--load {load}: {meta} is damaged: {error}") from error
+
+
+def critic_folder(settings: CheckpointConfig, checkpoint: Checkpoint | None) -> Path | None:
+    """Where PPO's critic continues from; None for a new one.
+
+    It is a part of the run's checkpoint, or lies where an earlier run's --critic-save put it: then --critic-load names
+    that folder, and beside an actor that resumes the iteration is the actor's.
+    """
+    given, load = settings.critic_load, settings.load
+    if given is None or given == load:
+        if checkpoint is None:
+            return None
+        inside = checkpoint.folder / "critic"
+        if not inside.is_dir():
+            raise CheckpointError(
+                f"--load {load}: {checkpoint.folder.name} holds no critic. Give --critic-load with the folder that "
+                "--critic-save wrote, or start from --hf-checkpoint without --load."
+            )
+        return inside
+    found = find(given, settings.critic_save)
+    if found is None:
+        return None
+    folder = found.folder if checkpoint is None else Path(given) / checkpoint.folder.name
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"--critic-load {given}: expected {folder.name}, the iteration that the actor resumes from, found "
+            f"{', '.join(sorted(p.name for p in Path(given).glob('iter_*')))}."
+        )
+    return folder / "critic" if (folder / "critic").is_dir() else folder
 
 
 @dataclass(frozen=True)

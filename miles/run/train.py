@@ -108,6 +108,8 @@ class Driver:
         if run.trainer is not None:
             with run.clock.training():
                 trained = await run.trainer.train(rollout_id, report)
+            for notice in trained.notices:
+                run.watch.notice(notice)
         run.watch.plug_ins_called(rollout_id)  # before the checkpoint: a resume begins with the next rollout
         if run.trainer is not None:
             before = time.perf_counter()

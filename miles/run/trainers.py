@@ -22,9 +22,8 @@ from miles.hooks import Hooks
 from miles.observe.tracking import Tracker
 from miles.run import host
 from miles.run.roles import EngineThread, RoleThread, TrainRole
-from miles.trainer.actor import TrainActor
-from miles.trainer.fsdp.backend import FsdpBackend
 from miles.trainer.group import RankGroup
+from miles.trainer.models import Models
 from miles.trainer.schedule import Schedule
 from miles.weights.in_process import InProcess
 
@@ -60,22 +59,18 @@ def load(config: RunConfig, run_dir: Path, stack: ExitStack) -> LoadedTrainer:
 
 class OneProcess:
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        folder = str(config.rollout.hf_checkpoint)
-        self.backend = in_passing_thread(lambda: FsdpBackend(folder, config.train, config.optimizer))
+        self.models = in_passing_thread(lambda: Models(config))
 
     def weights(self) -> Mapping[str, Tensor]:
-        return self.backend.weights()
+        return self.models.actor.weights()
 
     def role(self, given: Surroundings) -> TrainRole:
-        self.backend.use_schedule(given.schedule)
         engine = given.engine
-        actor = TrainActor(
-            self.backend,
-            self.config,
+        actor = self.models.trainer(
             given.args,
             given.hooks,
             given.tracker,
+            given.schedule,
             transport=InProcess(engine) if engine is not None else None,
             on_step=given.on_step,
         )

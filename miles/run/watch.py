@@ -110,8 +110,6 @@ class Watch:
     def rollout_done(self, report: RolloutReport, trained: TrainReport | None, seconds: float) -> None:
         """One rollout from its first prompt to the new weights, in `seconds`."""
         self.clock.weights_updated()
-        step = compute_rollout_step(self.args, report.rollout_id)
-        self.tracker.log({**self.hooks.rollout_stats(), "rollout/step": step}, step_key="rollout/step")
         if report.mean_reward is not None:
             self.rewards.append((report.rollout_id, report.mean_reward))
         extra: dict[str, Any] = {}

@@ -1,8 +1,11 @@
 """One process's part in training on a rollout: everything that is the same for every backend.
 
     plan        rows of each optimizer step
-    log-probs   of the old policy, where they are not free    [before log-prob]
+    values      of the critic, for PPO                        [before log-prob]
+    log-probs   of the reference model; of the old policy,
+                where they are not free                       [before log-prob]
     advantages  from rewards, or from a teacher's log-probs
+    critic      its own optimizer steps                       [before train step]
                                                               [rollout-data post-process]
     per step    micro batches -> loss -> gradients -> step    [before train step, loss, TIS, pg reducer]
     metrics     train/* per step, rollout/* and perf/* per rollout
@@ -11,6 +14,9 @@ Two things are not computed because they are known. Rows of a rollout's first op
 policy still is the old one: their old log-probs are those of their own forward pass. Rows whose gradient is exactly
 zero (`miles.loss.exact_zero`) are not run at all; every denominator counts them all the same. With a plug-in that could
 see the difference, everything is computed.
+
+Weights other than those in training (reference model, older policies) are `miles.trainer.snapshots`, the critic is
+`miles.trainer.critic`.
 """
 
 from __future__ import annotations
@@ -19,9 +25,10 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -31,25 +38,31 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from miles.batch import PackedBatch, TrainBatch, by_count, by_tokens, pack, step_rows
 from miles.batch.ragged import IntArray
 from miles.config import RunConfig
-from miles.errors import UsageError
+from miles.errors import StepError, UsageError
 from miles.hooks import Hooks
 from miles.loss import exact_logprobs
-from miles.loss.advantages import FROM_A_TEACHER, compute_advantages
+from miles.loss.advantages import FROM_A_TEACHER, PENALIZED, compute_advantages
 from miles.loss.dispatch import compute_loss, loss_scale, step_count
 from miles.loss.exact_zero import zero_gradient_rows
 from miles.loss.logprobs import TokenLogProbs, linear_log_probs
 from miles.loss.published import custom_loss, loss_batch
 from miles.loss.reduce import ids_of
 from miles.loss.types import LossInputs, LossPlugins, LossSettings
+from miles.loss.whiten import whiten
 from miles.observe import debug_data
 from miles.observe.metrics import compute_rollout_step, timer_metrics
 from miles.observe.timers import Timer
 from miles.observe.tracking import Tracker
 from miles.trainer.advantages import advantage_inputs
 from miles.trainer.backend import Backend, MicroLoss, ModelOutput
+from miles.trainer.kept import keep_step, listed
 from miles.trainer.report import column_sums, means_of
 from miles.trainer.routing import RoutingTape
+from miles.trainer.snapshots import OlderPolicies, Reference
 from miles.weights import WeightTransport
+
+if TYPE_CHECKING:
+    from miles.trainer.critic import Critic
 
 # Metrics to which a sample of exactly zero gradient would contribute; their mean is over the samples that ran.
 OVER_SAMPLES_THAT_RAN = (
@@ -69,15 +82,20 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What one rollout did to the model. `metrics` are those of the last optimizer step."""
+    """What one rollout did to the model. `metrics` are those of the last optimizer step, `notices` what the user should
+    know."""
 
     rollout_id: int
     steps: int
     metrics: dict[str, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
 
 class TrainActor:
     """Trains one model with one backend. The same class trains an actor on every rank of every layout."""
+
+    # What the names of its metrics begin with, after "train/".
+    prefix = ""
 
     def __init__(
         self,
@@ -89,10 +107,11 @@ class TrainActor:
         *,
         transport: WeightTransport | None,
         on_step: Callable[[], None],
+        critic: Critic | None = None,
     ) -> None:
         self.backend, self.config, self.args, self.hooks = backend, config, args, hooks
         self.tracker, self.transport, self._on_step = tracker, transport, on_step
-        self.settings = LossSettings.of(config.algorithm)
+        self.settings = LossSettings.of(config.algorithm, config.rollout)
         self.plugins = LossPlugins(
             tis=hooks.custom_tis_function,
             pg_reducer=hooks.custom_pg_loss_reducer_function,
@@ -111,6 +130,10 @@ class TrainActor:
         self.temperature = config.rollout.rollout_temperature
         self.weight_version = 0
         self.steps_done = 0
+        self.critic = critic
+        self.reference = Reference.of(config, backend)
+        self.older = OlderPolicies(backend) if config.rollout.keep_old_actor else None
+        self._notices: list[str] = []
         # The one of the process, to which plug-ins add as well; read and reset once per rollout.
         self.timers = Timer()
         self.timers.reset()
@@ -128,35 +151,65 @@ class TrainActor:
                 f"--global-batch-size: {len(shard)} samples fill no optimizer step of {global_batch_size}. Lower it, "
                 "or leave out --disable-rollout-trim-samples."
             )
-        planned = time.perf_counter()
-        self._prepare(rollout_id, shard, steps)
-        prepared = time.perf_counter()
-        if self.config.algorithm.reset_optimizer_states:
-            self.backend.reset_optimizer()
-        if self.transport is not None:
-            self.transport.suspend()
+        self._notices = []
+        for name in ("log_probs", "actor_train"):
+            self.timers.add(name, 0.0)  # reported also where nothing of the kind was needed
+        self.timers.add("data_preprocess", time.perf_counter() - begin)
+        critic_only = self.critic is not None and rollout_id < self.config.algorithm.num_critic_only_steps
+        self._tape = self._new_tape(shard)
+        self._evaluate(shard, critic_only)
         metrics: dict[str, float] = {}
-        for step_id, rows in enumerate(steps):
-            metrics = self._step(rollout_id, step_id, shard, rows, global_batch_size, len(steps))
+        if self.critic is not None:
+            metrics = self.critic.learn(rollout_id, shard, steps, global_batch_size)
+            self._notices += self.critic.take_notices()
+        if not critic_only:
+            self._prepare(rollout_id, shard, steps)
+            metrics = self._learn(rollout_id, shard, steps, global_batch_size)
+            if self.reference is not None and self.reference.is_due(rollout_id):
+                with self.timers.context("ref_model_update"):
+                    self.reference.weights = self.backend.snapshot()
         end = self._idle_since = time.perf_counter()
-        self.timers.add("data_preprocess", planned - begin)
-        self.timers.add("log_probs", prepared - planned)
-        self.timers.add("actor_train", end - prepared)
         self.timers.add("train", end - begin)
         self._log_rollout(rollout_id, shard)
-        return TrainReport(rollout_id, len(steps), metrics)
+        return TrainReport(rollout_id, len(steps), metrics, self.take_notices())
 
     def train_shards(self, rollout_id: int, shards: Sequence[TrainBatch], global_batch_size: int) -> TrainReport:
         """`train` on the one of `shards` that is this rank's."""
         return self.train(rollout_id, shards[self.backend.parallel.dp_rank], global_batch_size)
 
-    def _prepare(self, rollout_id: int, shard: TrainBatch, steps: list[IntArray]) -> None:
-        """Fill the columns that losses read: advantages, returns, old log-probs."""
-        self._tape = self._new_tape(shard)
-        if self.config.algorithm.compute_advantages_and_returns:
+    def _learn(
+        self, rollout_id: int, shard: TrainBatch, steps: list[IntArray], global_batch_size: int
+    ) -> dict[str, float]:
+        """The optimizer steps of a rollout; the metrics of the last one."""
+        with self.timers.context("actor_train"):
+            if self.config.algorithm.reset_optimizer_states:
+                self.backend.reset_optimizer()
+            if self.transport is not None:
+                self.transport.suspend()
+            metrics: dict[str, float] = {}
+            for step_id, rows in enumerate(steps):
+                metrics = self._step(rollout_id, step_id, shard, rows, global_batch_size, len(steps))
+        return metrics
+
+    def take_notices(self) -> list[str]:
+        notices, self._notices = self._notices, []
+        return notices
+
+    def _evaluate(self, shard: TrainBatch, critic_only: bool) -> None:
+        """The passes that advantages need, and the advantages. A rollout that trains the critic alone is not evaluated
+        by the policy, and so has no KL in its returns."""
+        if not self.config.algorithm.compute_advantages_and_returns:
+            return
+        if self.critic is not None:
+            self.critic.evaluate(shard)
+        if not critic_only:
+            self._reference_log_probs(shard)
             if self._needs_all_log_probs():
                 self._old_log_probs(shard, np.arange(len(shard)))
-            self._advantages(shard)
+        self._advantages(shard)
+
+    def _prepare(self, rollout_id: int, shard: TrainBatch, steps: list[IntArray]) -> None:
+        """What is left before the first step: the plug-in's changes, the rows that need not run, late log-probs."""
         postprocess = self.hooks.rollout_data_postprocess
         if postprocess is not None:
             view = shard.as_dict(tensors=True)
@@ -194,7 +247,10 @@ class TrainActor:
         except UsageError as error:
             self._refuse(str(error))
         result = compute_advantages(self.settings.advantage_estimator, inputs)
-        shard.response_columns["advantages"] = result.advantages
+        advantages = result.advantages
+        if self.settings.normalize_advantages:
+            advantages = whiten(advantages, torch.from_numpy(shard.loss_masks), self.backend.sum_over_ranks)
+        shard.response_columns["advantages"] = advantages
         shard.response_columns["returns"] = result.returns
 
     def _needs_all_log_probs(self) -> bool:
@@ -203,6 +259,8 @@ class TrainActor:
         return (
             self.settings.loss_type == "custom_loss"
             or self.settings.advantage_estimator in FROM_A_TEACHER
+            or (self.settings.advantage_estimator in PENALIZED and self.settings.kl_coef != 0)
+            or self.older is not None
             or hooks.rollout_data_postprocess is not None
             or hooks.custom_megatron_before_log_prob_hook is not None
             or hooks.custom_tis_function is not None
@@ -223,17 +281,45 @@ class TrainActor:
 
     def _old_log_probs(self, shard: TrainBatch, rows: IntArray) -> None:
         """Fill the column `log_probs` for `rows`; other rows stay NaN until their own forward pass."""
+        records = self._tape is not None and not self._tape.from_engine
+        if self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics and not records:
+            rows = rows[:0]
+        with self.timers.context("log_probs"), nullcontext() if self.older is None else self.older.in_use():
+            self._pass(shard, "log_probs", rows, self._read_log_probs)
+
+    def _reference_log_probs(self, shard: TrainBatch) -> None:
+        if self.reference is not None:
+            with self.timers.context("ref_log_probs"), self.backend.using(self.reference.weights):
+                self._pass(
+                    shard,
+                    "ref_log_probs",
+                    np.arange(len(shard)),
+                    self._read_log_probs,
+                    store_prefix="ref_",
+                    replays=False,
+                )
+
+    def _pass(
+        self,
+        shard: TrainBatch,
+        name: str,
+        rows: IntArray,
+        read: Callable[[PackedBatch, ModelOutput], Tensor],
+        *,
+        store_prefix: str = "",
+        replays: bool = True,
+    ) -> None:
+        """Fill the column `name` for `rows` by a pass without gradients. Other weights route tokens as they like:
+        their passes are none that `replays`."""
         before = self.hooks.custom_megatron_before_log_prob_hook
         if before is not None:
-            before(self.args, self.backend.model_chunks, "")
-        column = shard.response_columns.setdefault("log_probs", torch.full((len(shard.loss_masks),), math.nan))
-        unused = self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics
-        records = self._tape is not None and not self._tape.from_engine
-        if unused and not records:
-            return
-        micros = self._micro_batches(shard, rows)
-        for micro, values in zip(micros, self.backend.forward_only(micros, self._read_log_probs)):
-            column[micro.response_places.cpu()] = values
+            before(self.args, self.backend.model_chunks, store_prefix)
+        micros = self._micro_batches(shard, rows, replays=replays)
+        for micro, values in zip(micros, self.backend.forward_only(micros, read)):
+            if name not in shard.response_columns:
+                shard.response_columns[name] = torch.full((len(shard.loss_masks),), math.nan, dtype=values.dtype)
+            shard.response_columns[name][micro.response_places.cpu()] = values
+        shard.response_columns.setdefault(name, torch.full((len(shard.loss_masks),), math.nan))
 
     def _read_log_probs(self, micro: PackedBatch, output: ModelOutput) -> Tensor:
         if self._tape is not None and micro.routed_experts is not None:
@@ -253,7 +339,7 @@ class TrainActor:
             chunk_tokens=chunk if chunk > 0 else None,
         )
 
-    def _micro_batches(self, shard: TrainBatch, rows: IntArray) -> list[PackedBatch]:
+    def _micro_batches(self, shard: TrainBatch, rows: IntArray, *, replays: bool = True) -> list[PackedBatch]:
         data = self.config.data
         if len(rows) == 0:
             return []
@@ -265,7 +351,7 @@ class TrainActor:
             parts = by_count(rows, shard.total_lengths, data.micro_batch_size)
         # Custom losses get logits of every row in full: the published layout.
         share = self.settings.loss_type != "custom_loss"
-        experts = None if self._tape is None else self._tape.experts
+        experts = self._tape.experts if self._tape is not None and replays else None
         return [pack(shard, part, device=self.backend.device, share_prompts=share, experts=experts) for part in parts]
 
     # ---- an optimizer step ---------------------------------------------------------------------------------------
@@ -280,8 +366,12 @@ class TrainActor:
         num_samples = global_batch_size - dropped
         scale = loss_scale(self.settings, num_samples, num_tokens, dp_size=self.backend.parallel.dp_cp_size)
 
+        losses: list[tuple[IntArray, Tensor]] = []
+
         def loss_fn(micro: PackedBatch, output: ModelOutput) -> MicroLoss:
-            return self._loss(shard, micro, output, scale)
+            result = self._loss(shard, micro, output, scale)
+            losses.append((micro.rows, result.loss.detach()))
+            return result
 
         self.backend.zero_grad()
         before = self.hooks.custom_megatron_before_train_step_hook
@@ -295,24 +385,46 @@ class TrainActor:
                 self.backend.scheduler,
             )
         results = self.backend.forward_backward(self._micro_batches(shard, run), loss_fn)
-        outcome = self.backend.optimizer_step()
+        own_loss = sum(float(loss) for _, loss in losses)
+        finite = math.isfinite(float(self.backend.sum_over_ranks(torch.tensor([own_loss], dtype=torch.float64))))
+        outcome = self.backend.optimizer_step() if finite else self.backend.skip_step()
+        if outcome.skipped:
+            bad = [row for rows_of_it, loss in losses if not math.isfinite(float(loss)) for row in rows_of_it.tolist()]
+            self._step_failed(rollout_id, step_id, shard, rows, "gradient" if finite else "loss", bad)
         self.steps_done += 1
         self._on_step()
         total = step_count(self.settings, num_samples, num_tokens)
         over_ran = step_count(self.settings, ran, ran_tokens)
         metrics = {
-            f"train/{name}": value / (over_ran if name in OVER_SAMPLES_THAT_RAN else total)
+            f"train/{self.prefix}{name}": value / (over_ran if name in OVER_SAMPLES_THAT_RAN else total)
             for name, value in self._summed(results).items()
         }
-        if ran == 0:  # every sample had exactly zero gradient, and so exactly zero loss
+        if ran == 0 and not self.prefix:  # every sample had exactly zero gradient, and so exactly zero loss
             metrics["train/loss"] = 0.0
-        metrics["train/grad_norm"] = outcome.grad_norm
-        metrics["train/lr-pg_0"] = outcome.lr
-        metrics["train/exactly_zero_samples"] = global_batch_size - ran
-        metrics["train/skipped_step"] = float(outcome.skipped)
+        metrics[f"train/{self.prefix}grad_norm"] = outcome.grad_norm
+        metrics[f"train/{self.prefix}lr-pg_0"] = outcome.lr
+        metrics[f"train/{self.prefix}exactly_zero_samples"] = global_batch_size - ran
+        metrics[f"train/{self.prefix}skipped_step"] = float(outcome.skipped)
         metrics["train/step"] = rollout_id * num_steps + step_id
         self.tracker.log(metrics, step_key="train/step")
         return metrics
+
+    def _step_failed(
+        self, rollout_id: int, step_id: int, shard: TrainBatch, rows: IntArray, what: str, bad: list[int]
+    ) -> None:
+        """Keep this rank's rows of a step whose loss or gradient is not finite (`bad`: those of its micro-batches with
+        such a loss), and say so: as an error under `--nan-policy stop`."""
+        rank = self.backend.parallel.dp_rank
+        name = f"{self.prefix}step_{rollout_id}_{step_id}_rank{rank}.pt"
+        file = Path(str(self.config.run.run_dir)) / "failures" / name
+        keep_step(file, rollout_id, rank, shard.select(rows))
+        whose = f" for a micro-batch with {listed([shard.name_of(row) for row in bad])}" if bad else ""
+        step = f"{self.prefix.rstrip('-') or 'optimizer'} step {step_id}"
+        where = f"rollout {rollout_id}, {step}: the {what} is not finite{whose}."
+        kept = f"Its samples are in {file}; --load-debug-rollout-data with that file trains on them again."
+        if self.config.run.nan_policy == "stop":
+            raise StepError(f"--nan-policy stop: {where} {kept}")
+        self._notices.append(f"{where} The step is skipped (--nan-policy skip). {kept}")
 
     def _summed(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         """Metrics over all micro batches and ranks. All micro batches must report the same ones."""
@@ -340,7 +452,7 @@ class TrainActor:
         kept: list[MicroLoss] = []
 
         def run(hidden: Tensor, head_weight: Tensor) -> Tensor:
-            kept.append(fn(shard, micro, ModelOutput(hidden, head_weight), columns, scale))
+            kept.append(fn(shard, micro, replace(output, hidden=hidden, head_weight=head_weight), columns, scale))
             return kept[-1].loss
 
         loss = recomputed(run, output.hidden, output.head_weight, use_reentrant=False)
@@ -382,23 +494,48 @@ class TrainActor:
         """Hand the weights to the engines under the next version number, which is returned."""
         begin = time.perf_counter()
         self.weight_version += 1
+        if self.older is not None:
+            self.older.advance()
         if self.transport is not None:
             self.transport.update(self.backend.weights(), self.weight_version)
         self.timers.add("update_weights", time.perf_counter() - begin)
         return self.weight_version
 
-    def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
-        """Continue from a checkpoint: weights, optimizer, schedule, counters."""
-        self.backend.load(folder, with_optimizer=True)
-        self.weight_version, self.steps_done = weight_version, steps_done
-
-    def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
-        """What `restore` reads, under `folder`, which exists and is empty."""
+    def save(
+        self, folder: Path, *, with_optimizer: bool, background: bool = False, critic_folder: Path | None = None
+    ) -> None:
+        """Everything that `restore` reads, under `folder`, which exists and is empty. The critic, which
+        `restore_critic` reads, goes to a folder in it, or to `critic_folder`."""
         self.backend.save(folder, with_optimizer=with_optimizer, background=background)
+        if self.reference is not None:
+            self.reference.save(folder)
+        if self.older is not None:
+            self.older.save(folder)
+        if self.critic is not None:
+            if critic_folder is None:
+                critic_folder = folder / "critic"
+                critic_folder.mkdir(exist_ok=True)
+            self.critic.save(critic_folder, with_optimizer=with_optimizer, background=background)
 
     def finish_saving(self) -> None:
         """Wait for what `save` writes in the background. Raises what went wrong with it."""
         self.backend.finish_saving()
+        if self.critic is not None:
+            self.critic.finish_saving()
+
+    def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
+        """Continue from a checkpoint: weights, optimizer, schedule, counters, older weights."""
+        self.backend.load(folder, with_optimizer=True)
+        if self.reference is not None:
+            self.reference.restore(folder)
+        if self.older is not None:
+            self.older.restore(folder)
+        self.weight_version, self.steps_done = weight_version, steps_done
+
+    def restore_critic(self, folder: Path) -> None:
+        """Continue the critic from what `save` wrote."""
+        assert self.critic is not None
+        self.critic.backend.load(folder, with_optimizer=True)
 
     def export_hf(self, folder: Path) -> None:
         """A Hugging Face model folder."""
@@ -419,7 +556,7 @@ class TrainActor:
         metrics = {f"rollout/{name}": value for name, value in means_of(ranks).items()}
         metrics |= {
             **timer_metrics(seconds),
-            "perf/actor_train_tok_per_s": tokens / seconds["actor_train"] if seconds["actor_train"] > 0 else 0.0,
+            "perf/actor_train_tok_per_s": tokens / seconds["actor_train"] if seconds.get("actor_train") else 0.0,
             "rollout/step": compute_rollout_step(self.args, rollout_id),
         }
         self.tracker.log(metrics, step_key="rollout/step")

@@ -17,18 +17,20 @@ from miles.hooks.values import kind_of
 from miles.loss.advantages import FROM_A_TEACHER, AdvantageInputs
 from miles.loss.types import LossSettings
 
+NO_ROLLOUT_LOG_PROBS = (
+    "the samples have no rollout_log_probs. Let your generate function set sample.rollout_log_probs, one float per "
+    "response token, on every sample."
+)
+
 
 def advantage_inputs(shard: TrainBatch, settings: LossSettings) -> AdvantageInputs:
     """UsageError where the shard lacks what `--advantage-estimator` needs."""
     lengths = shard.response_lengths.tolist()
+    own = "rollout_log_probs" if settings.use_rollout_logprobs else "log_probs"
+    columns = shard.flat_columns()
     if settings.advantage_estimator in FROM_A_TEACHER:
-        own = "rollout_log_probs" if settings.use_rollout_logprobs else "log_probs"
-        columns = shard.flat_columns()
         if own not in columns:
-            raise UsageError(
-                "--use-rollout-logprobs: the samples have no rollout_log_probs. Let your generate function set "
-                "sample.rollout_log_probs, one float per response token, on every sample."
-            )
+            raise UsageError(f"--use-rollout-logprobs: {NO_ROLLOUT_LOG_PROBS}")
         return AdvantageInputs(None, lengths, old_log_probs=columns[own], teacher_log_probs=teacher_column(shard))
     if not isinstance(shard.rewards, np.ndarray):
         raise UsageError(
@@ -36,7 +38,17 @@ def advantage_inputs(shard: TrainBatch, settings: LossSettings) -> AdvantageInpu
             f"got {_what_is_there(shard.rewards)}. Let the reward post-processing return "
             "numbers, or give --disable-compute-advantages-and-returns."
         )
-    return AdvantageInputs(torch.from_numpy(shard.rewards), lengths)
+    if settings.kl_coef and "ref_log_probs" in columns and own not in columns:
+        raise UsageError(f"--kl-coef {settings.kl_coef}: {NO_ROLLOUT_LOG_PROBS}")
+    return AdvantageInputs(
+        torch.from_numpy(shard.rewards),
+        lengths,
+        loss_mask=torch.from_numpy(shard.loss_masks),
+        settings=settings,
+        old_log_probs=columns.get(own),
+        ref_log_probs=columns.get("ref_log_probs"),
+        values=columns.get("values"),
+    )
 
 
 def _what_is_there(rewards: Any) -> str:

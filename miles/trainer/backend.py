@@ -20,6 +20,7 @@ actor reads results through the backend's `parallel.is_pp_last_stage`. A backend
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -39,16 +40,24 @@ class ModelOutput:
     """The last hidden states of one micro batch and the projection to the vocabulary, not yet multiplied.
 
     Built-in losses project only the positions that predict a response token, in chunks; custom losses ask for
-    `logits()` and pay for all of them. `hidden` [T, D] in the model's dtype; `head_weight` [V, D].
+    `logits()` and pay for all of them. `hidden` [T, D] in the model's dtype; `head_weight` [V, D]. A critic's head has
+    one row and a bias [1].
     """
 
     hidden: Tensor
     head_weight: Tensor
     routed_experts: Tensor | None = None  # int32 [T, layers, top_k] that the pass took; None for a dense model
+    head_bias: Tensor | None = None
 
     def logits(self) -> Tensor:
         """fp32 [1, T, V], not divided by the temperature: the published view of custom losses."""
         return (self.hidden @ self.head_weight.T).float().unsqueeze(0)
+
+    def values(self, places: Tensor) -> Tensor:
+        """A critic's values at `places` [R] of the packed tokens: [R], float32 (float64 for float64)."""
+        assert self.head_weight.shape[0] == 1 and self.head_bias is not None
+        values = self.hidden.index_select(0, places) @ self.head_weight[0] + self.head_bias
+        return values.to(torch.promote_types(torch.float32, values.dtype))
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,9 @@ class RoutingShape:
     top_k: int
     num_experts: int
 
+Snapshot = Mapping[str, Tensor]
+"""This process's share of a set of weights, by name: a reference model's, an older policy's. Never the tensors in
+training."""
 
 LossFn = Callable[[PackedBatch, ModelOutput], MicroLoss]
 
@@ -120,6 +132,9 @@ class Backend(Protocol):
     def optimizer_step(self) -> StepResult:
         """Clip, step, advance the schedule. A gradient that is not finite changes nothing and is reported."""
 
+    def skip_step(self) -> StepResult:
+        """In place of `optimizer_step`, where the loss is not finite: forget the gradients, change nothing."""
+
     def reset_optimizer(self) -> None:
         """Forget the moments and step counts (`--reset-optimizer-states`)."""
 
@@ -133,6 +148,20 @@ class Backend(Protocol):
 
     def finish_saving(self) -> None:
         """Wait for what `save` writes in the background. Raises what went wrong with it."""
+    def snapshot(self) -> Snapshot:
+        """A copy of the weights as they are."""
+
+    def using(self, snapshot: Snapshot) -> AbstractContextManager[None]:
+        """Passes inside it run with the snapshot's weights. The model is pointed at other tensors, none is written: an
+        engine that reads the trainer's own may serve meanwhile."""
+
+    def read_snapshot(self, folder: Path, *, flag: str) -> Snapshot:
+        """From a Hugging Face folder, a folder of `save`, or one of `write_snapshot`; the model's weights stay.
+        CheckpointError, which names `flag`, where it does not fit this model."""
+
+    def write_snapshot(self, snapshot: Snapshot, folder: Path) -> None:
+        """Under `folder`, which exists and is empty."""
+
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
         """The inverse of `save`; CheckpointError where it does not fit this model."""

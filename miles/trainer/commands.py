@@ -93,6 +93,14 @@ class Restore(Command[None]):
 
 
 @dataclass(frozen=True)
+class RestoreCritic(Command[None]):
+    folder: Path
+
+    def run(self, worker: Worker) -> None:
+        worker.actor.restore_critic(self.folder)
+
+
+@dataclass(frozen=True)
 class Train(Command["tuple[TrainReport, dict[str, Counts]]"]):
     """One rollout; `shard` is this rank's. With the report come the counts of plug-in calls, by plug point."""
 
@@ -115,9 +123,10 @@ class Save(Command[None]):
     folder: Path
     with_optimizer: bool
     background: bool
+    critic_folder: Path | None
 
     def run(self, worker: Worker) -> None:
-        worker.save(self.folder, with_optimizer=self.with_optimizer, background=self.background)
+        worker.save(self)
 
 
 @dataclass(frozen=True)

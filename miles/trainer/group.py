@@ -54,6 +54,7 @@ from miles.trainer.commands import (
     Logged,
     Prepare,
     Restore,
+    RestoreCritic,
     Save,
     SetPlugInState,
     Setup,
@@ -221,6 +222,9 @@ class RankGroup:
         self._all(Restore(folder, weight_version, steps_done))
         self.weight_version, self.steps_done, self._resumed = weight_version, steps_done, True
 
+    def restore_critic(self, folder: Path) -> None:
+        self._all(RestoreCritic(folder))
+
     def train_shards(self, rollout_id: int, shards: Sequence[TrainBatch], global_batch_size: int) -> TrainReport:
         """Train on a rollout, one shard per rank; the report is rank 0's."""
         assert self.hooks is not None
@@ -243,9 +247,11 @@ class RankGroup:
             self.engine.update_weights(self._weights, str(self.weight_version))
         return self.weight_version
 
-    def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
+    def save(
+        self, folder: Path, *, with_optimizer: bool, background: bool = False, critic_folder: Path | None = None
+    ) -> None:
         """The model; and the driver's copies of the trainer's plug-ins, which write checkpoints, get rank 0's state."""
-        self._all(Save(folder, with_optimizer, background))
+        self._all(Save(folder, with_optimizer, background, critic_folder))
         states = self._all(GetPlugInState())[0]
         for hook in self._with_state():
             if hook.point.name in states:

@@ -25,8 +25,14 @@ class Trainer(Protocol):
     def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
         """Continue from a checkpoint."""
 
-    def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
-        """What `restore` reads, under `folder`, which exists and is empty."""
+    def restore_critic(self, folder: Path) -> None:
+        """Continue PPO's critic from what `save` wrote of it."""
+
+    def save(
+        self, folder: Path, *, with_optimizer: bool, background: bool = False, critic_folder: Path | None = None
+    ) -> None:
+        """What `restore` reads, under `folder`, which exists and is empty. PPO's critic goes to a folder in it, or to
+        `critic_folder`, which exists and is empty, too."""
 
     def finish_saving(self) -> None:
         """Wait for what `save` writes in the background. Raises what went wrong with it."""

@@ -38,14 +38,12 @@ from miles.observe.timers import timer
 from miles.observe.tracking import Tracker
 from miles.observe.tracking import install as install_tracker
 from miles.trainer.actor import TrainActor, TrainReport
-from miles.trainer.commands import Command, Done, Event, Failed, Logged, Setup, Stepped, receive, send
-from miles.trainer.fsdp.backend import FsdpBackend
+from miles.trainer.commands import Command, Done, Event, Failed, Logged, Save, Setup, Stepped, receive, send
+from miles.trainer.models import Models
 from miles.trainer.ranks import Ranks
 from miles.weights.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from miles.batch import TrainBatch
     from miles.trainer.schedule import Schedule
     from miles.weights.shared_memory import Layout
@@ -129,9 +127,8 @@ class Worker:
         self.transport = SharedMemory(setup.weights_fd, self.config.rollout.update_weight_buffer_size)
 
     def load(self) -> tuple[Layout, int]:
-        config = self.config
-        self.backend = FsdpBackend(str(config.rollout.hf_checkpoint), config.train, config.optimizer, self.ranks)
-        return self.transport.share(self.backend.weights())
+        self.models = Models(self.config, self.ranks)
+        return self.transport.share(self.models.actor.weights())
 
     def prepare(self, args: Namespace, schedule: Schedule) -> None:
         run = self.config.run
@@ -147,15 +144,8 @@ class Worker:
         self._stack.enter_context(Watchdog(self.hooks, [], on_stuck=self._stuck))
         tracker = Recorder(self.pipe, self.setup.rank)
         install_tracker(tracker)
-        self.backend.use_schedule(schedule)
-        self.actor = TrainActor(
-            self.backend,
-            self.config,
-            args,
-            self.hooks,
-            tracker,
-            transport=self.transport,
-            on_step=self._on_step,
+        self.actor = self.models.trainer(
+            args, self.hooks, tracker, schedule, transport=self.transport, on_step=self._on_step
         )
 
     def train(
@@ -165,9 +155,11 @@ class Worker:
         report = self.actor.train(rollout_id, shard, global_batch_size)
         return report, {hook.point.name: hook.stats.rollout for hook in self.hooks}
 
-    def save(self, folder: Path, *, with_optimizer: bool, background: bool) -> None:
+    def save(self, to: Save) -> None:
         with timer("save_model"):
-            self.actor.save(folder, with_optimizer=with_optimizer, background=background)
+            self.actor.save(
+                to.folder, with_optimizer=to.with_optimizer, background=to.background, critic_folder=to.critic_folder
+            )
 
     def _on_step(self) -> None:
         if self.setup.rank == 0:

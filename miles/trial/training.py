@@ -331,8 +331,8 @@ def try_importance(trial: Trial) -> Outcome:
         warnings.append("it returns masks that are not 0 where the loss mask is: masked tokens would be trained")
     if settings.get_mismatch_metrics and not settings.use_tis and (left_out or any(w != 1 for w in seen["weights"])):
         warnings.append(
-            "it changes the loss although --use-tis is not given: with --get-mismatch-metrics alone it must return "
-            "pg_loss and loss_masks as they came"
+            "it changes the loss although --use-tis is not given: with --get-mismatch-metrics alone only its metrics "
+            "count, and the pg_loss and loss_masks that it returns are not used"
         )
     weights = range_text(seen["weights"]) if seen["weights"] else "none"
     details = [f"metric {name}: mean {number_text(float(v.float().mean()))}" for name, v in seen["metrics"].items()]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,6 +27,8 @@ from miles.observe.tracking import Tracker
 from miles.trainer.actor import TrainActor
 from miles.trainer.backend import StepResult
 from miles.trainer.fsdp.backend import FsdpBackend
+from miles.trainer.fsdp.model import owned_tensors
+from miles.trainer.fsdp.shard import cut_like, holding
 from miles.trainer.ranks import Ranks
 from miles.trainer.schedule import schedule_of
 from miles.weights.gather import gathered
@@ -249,6 +252,27 @@ def load(source: Path, folder: Path, ranks: Ranks) -> dict[str, Tensor]:
     return everything(backend)
 
 
+def other_weights(folder: Path, ranks: Ranks) -> dict[str, bool]:
+    """Log-probs of the rows of a shard under a model's own weights, under others, and under its own again."""
+    actor, backend = make_actor(UNTIED, folder, ranks, Trace())
+    shard = split_batch(rollout("mixed"), ranks.size, balance=False)[ranks.rank]
+    micros = actor._micro_batches(shard, np.arange(len(shard)))
+
+    def log_probs(of: FsdpBackend) -> Tensor:
+        return torch.cat(of.forward_only(micros, actor._read_log_probs))
+
+    stored, own = owned_tensors(backend.model), log_probs(backend)
+    torch.manual_seed(3)
+    wholes = {name: torch.randn(tensor.shape) * 0.1 for name, tensor in stored.items()}
+    with holding(stored, {name: cut_like(wholes[name], tensor) for name, tensor in stored.items()}):
+        inside, held = log_probs(backend), together(backend.weights())
+    return {
+        "others differ": not torch.allclose(inside, own, atol=1e-2),
+        "own again": torch.equal(log_probs(backend), own),
+        "held": ranks.rank != 0 or all(torch.equal(held[name], wholes[name]) for name in wholes),
+    }
+
+
 # ---- a rank ----------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +284,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     for name, case in CASES.items():
         if size in case.sizes:
             keep(vars(run(case, folder, ranks)), folder / f"{size} {name}.pt", rank)
+    keep(other_weights(folder, ranks), folder / f"{size} held.pt", rank)
     keep(save(folder, ranks), folder / f"saved by {size}.pt", rank)
     for source in [folder / f"from {n}" for n in (1, 2, 4) if n <= size]:
         keep(load(source, folder, ranks), folder / f"{source.name} by {size}.pt", rank)

@@ -65,3 +65,8 @@ def test_narrow_passes_are_narrow(layouts: Path) -> None:
     got, want = torch.load(layouts / "2 bfloat16.pt"), one_process("bfloat16", layouts)
     assert all(tensor.dtype == torch.float32 for tensor in got["weights"].values())
     assert any(not torch.allclose(got["weights"][n], t, rtol=1e-4, atol=1e-7) for n, t in want.weights.items())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_other_weights_can_be_held_for_a_while(size: int, layouts: Path) -> None:
+    assert torch.load(layouts / f"{size} held.pt") == {"others differ": True, "own again": True, "held": True}

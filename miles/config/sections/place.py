@@ -60,6 +60,9 @@ class RunSettings(Section):
     hook_error_budget: float = flag(
         0.05, "Tolerated failures of a rollout, as a fraction of its plug-in calls.", check=between(0, 1)
     )
+    nan_policy: Literal["skip", "stop"] = flag(
+        "skip", "What becomes of an optimizer step without a finite loss or gradient; its samples are kept either way."
+    )
     quiet: bool = flag(False, "Print errors and the result, nothing else.")
     progress: Literal["auto", "bar", "plain", "none"] = flag("auto", "How progress is shown on the terminal.")
     custom_config_path: str | None = flag(

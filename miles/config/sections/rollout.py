@@ -77,9 +77,7 @@ class RolloutConfig(Section):
         check=at_least(1),
         status=no_meaning_here("synchronous training updates the weights after every rollout."),
     )
-    keep_old_actor: bool = flag(
-        False, "Compute old log-probs with a kept copy of older weights.", status=not_built("A kept old actor")
-    )
+    keep_old_actor: bool = flag(False, "Compute old log-probs with a kept copy of older weights.")
     rollout_external: bool = flag(False, "Use engines that are already running.", status=not_built(SERVERS))
     rollout_external_engine_addrs: list[str] | None = flag(
         None, "Their addresses, host:port each.", status=not_built(SERVERS)

@@ -160,12 +160,8 @@ class OptimizerConfig(Section):
     adam_beta2: float = flag(0.95, "Decay of the second moment.", check=BETA)
     adam_eps: float = flag(1e-8, "Term that keeps the update finite.", check=more_than(0))
     clip_grad: float = flag(1.0, "Largest norm of the gradient; 0 does not clip.", check=at_least(0), common=True)
-    critic_lr: float | None = flag(
-        None, "Learning rate of the critic; --lr when unset.", check=at_least(0), status=not_built("The critic")
-    )
-    critic_lr_warmup_iters: int = flag(
-        0, "Warm-up steps of the critic.", check=at_least(0), status=not_built("The critic")
-    )
+    critic_lr: float | None = flag(None, "Learning rate of the critic; --lr when unset.", check=at_least(0))
+    critic_lr_warmup_iters: int = flag(0, "Warm-up steps of the critic.", check=at_least(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,17 +191,13 @@ class CheckpointConfig(Section):
         None, "First rollout; follows from the checkpoint when unset.", check=at_least(0)
     )
     ref_load: str | None = flag(
-        None,
-        "Weights of the reference model.",
-        status=no_meaning_here("training starts from --hf-checkpoint, and without KL no reference model is needed."),
+        None, "Weights of the reference model: a Hugging Face folder, or the --save of a run.", check=PATH
     )
-    ref_ckpt_step: int | None = flag(
-        None, "Which checkpoint of --ref-load.", check=at_least(0), status=not_built("The reference model")
+    ref_ckpt_step: int | None = flag(None, "Which checkpoint of --ref-load; the latest when unset.", check=at_least(0))
+    critic_load: str | None = flag(None, "Folder that the critic resumes from; --load when unset.", check=PATH)
+    critic_save: str | None = flag(
+        None, "Folder of the critic's checkpoints; a part of those in --save when unset.", check=PATH
     )
-    critic_load: str | None = flag(
-        None, "Folder that the critic resumes from; --load when unset.", status=not_built("The critic")
-    )
-    critic_save: str | None = flag(None, "Folder of the critic's checkpoints.", status=not_built("The critic"))
 
 
 @dataclass(frozen=True, kw_only=True)

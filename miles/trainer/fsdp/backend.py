@@ -8,10 +8,10 @@ every pass gathers weights from all of them. Gradients are averaged over ranks: 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from miles.batch.pack import PackedBatch
 from miles.config import OptimizerConfig, TrainConfig
-from miles.trainer.backend import LossFn, ModelOutput, StepResult
+from miles.trainer.backend import LossFn, ModelOutput, Snapshot, StepResult
 from miles.trainer.fsdp import checkpoint, exact, moe
 from miles.trainer.fsdp.attention import Packing
-from miles.trainer.fsdp.model import load_model, on_disk, owned_tensors
+from miles.trainer.fsdp.model import load_model, on_disk, owned_tensors, stored_tensors, use_value_head
 from miles.trainer.ranks import Ranks
 from miles.trainer.schedule import ParamScheduler, Schedule
 from miles.weights.gather import gathered
@@ -38,7 +38,8 @@ EXPORT_BUCKET_BYTES = 512 * 1024**2
 
 
 class FsdpBackend:
-    """Implements `miles.trainer.backend.Backend`."""
+    """Implements `miles.trainer.backend.Backend`. A critic's projection to the vocabulary is replaced by one to a
+    number, which `seed` decides at first; plug-ins tell the two apart by `model_chunks[0].role`."""
 
     def __init__(
         self,
@@ -48,12 +49,17 @@ class FsdpBackend:
         ranks: Ranks | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        role: Literal["actor", "critic"] = "actor",
+        seed: int = 0,
     ) -> None:
         self.ranks = ranks or Ranks.alone()
         self.parallel = self.ranks.parallel_state()
         self.device = own_device()
         self.source = hf_checkpoint
         self.model = load_model(hf_checkpoint, dtype=dtype, gradient_checkpointing=train.gradient_checkpointing)
+        if role == "critic":
+            use_value_head(self.model, seed)
+        self.model.role = role
         offload = train.fsdp_cpu_offload and self.device.type == "cuda"
         if self.ranks.mesh is not None:
             from miles.trainer.fsdp.shard import shard
@@ -103,7 +109,8 @@ class FsdpBackend:
         else:
             hidden = self.model.hidden_states(**inputs)
         taken = None if self.routers is None else self.routers.taken()
-        return ModelOutput(hidden[0], self.model.get_output_embeddings().weight, routed_experts=taken)
+        head = self.model.get_output_embeddings()
+        return ModelOutput(hidden[0], head.weight, routed_experts=taken, head_bias=head.bias)
 
     def _missing(self, micro_batches: Sequence[PackedBatch]) -> int:
         """How many passes this rank has to make only because another one has that many more."""
@@ -171,6 +178,10 @@ class FsdpBackend:
         self.scheduler.step()
         return StepResult(norm, lr)
 
+    def skip_step(self) -> StepResult:
+        self.zero_grad()
+        return StepResult(math.nan, self.optimizer.param_groups[0]["lr"], skipped=True)
+
     def reset_optimizer(self) -> None:
         for state in self.optimizer.state.values():
             for key in MOMENTS:
@@ -180,6 +191,48 @@ class FsdpBackend:
 
     def weights(self) -> Mapping[str, Tensor]:
         return owned_tensors(self.model)
+
+    def snapshot(self) -> Snapshot:
+        return {name: tensor.clone() for name, tensor in owned_tensors(self.model).items()}
+
+    def using(self, snapshot: Snapshot) -> AbstractContextManager[None]:
+        if self.ranks.mesh is None:
+            return self._pointed_at(snapshot)
+        from miles.trainer.fsdp.shard import holding
+
+        return holding(owned_tensors(self.model), snapshot)
+
+    @contextmanager
+    def _pointed_at(self, snapshot: Snapshot) -> Iterator[None]:
+        stored = stored_tensors(self.model)
+        own = {name: tensor.data for name, tensor in stored.items()}
+        try:
+            for name, tensor in stored.items():
+                tensor.data = snapshot[name]
+            yield
+        finally:
+            for name, tensor in stored.items():
+                tensor.data = own[name]
+
+    def read_snapshot(self, folder: Path, *, flag: str) -> Snapshot:
+        if (folder / "config.json").is_file():
+            other = load_model(str(folder), dtype=torch.float32, gradient_checkpointing=False, flag=flag)
+            return self._own_part(owned_tensors(other), folder, flag)
+        weights = {name: torch.empty_like(tensor) for name, tensor in owned_tensors(self.model).items()}
+        checkpoint.read_into(folder / "model", weights, flag=flag)
+        return weights
+
+    def _own_part(self, whole: Mapping[str, Tensor], folder: Path, flag: str) -> Snapshot:
+        own = owned_tensors(self.model)
+        checkpoint.check({name: tuple(t.shape) for name, t in whole.items()}, own, f"{flag} {folder}")
+        if self.ranks.mesh is None:
+            return {name: whole[name].to(self.device) for name in own}
+        from miles.trainer.fsdp.shard import cut_like
+
+        return {name: cut_like(whole[name], tensor) for name, tensor in own.items()}
+
+    def write_snapshot(self, snapshot: Snapshot, folder: Path) -> None:
+        checkpoint.write(folder / "model", snapshot, self.ranks)
 
     # ---- files ---------------------------------------------------------------------------------------------------
 

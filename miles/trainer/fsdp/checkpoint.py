@@ -94,22 +94,22 @@ def write(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, group: Any 
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)
 
 
-def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def read_into(folder: Path, tensors: Mapping[str, Tensor], *, flag: str = "--load") -> None:
     """Fill `tensors`, whole or cut, from whatever `write` has written. Every rank reads only its own rows.
 
-    CheckpointError where a file is damaged or missing, or where names or shapes are others.
+    CheckpointError, which names `flag`, where a file is damaged or missing, or where names or shapes are others.
     """
-    _check(shapes(folder), tensors, folder)
+    check(shapes(folder, flag), tensors, f"{flag} {folder.parent}")
     plain = plain_file(folder)
     if plain.is_file() and not any(isinstance(t, DTensor) for t in tensors.values()):
-        with _readable(plain), torch.no_grad():
+        with _readable(plain, flag), torch.no_grad():
             stored = load_file(plain)
             for name, tensor in tensors.items():
                 tensor.copy_(stored[name])
         return
     from torch.distributed import checkpoint as dcp
 
-    with _quiet(), _readable(folder), torch.no_grad():
+    with _quiet(), _readable(folder, flag), torch.no_grad():
         dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
@@ -118,17 +118,17 @@ def plain_file(folder: Path) -> Path:
     return folder / f"{folder.name}{SUFFIX}"
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def shapes(folder: Path, flag: str = "--load") -> dict[str, tuple[int, ...]]:
     """Name -> shape of the whole tensor, of everything that `folder` holds. Raises CheckpointError."""
     files = sorted(folder.glob(f"*{SUFFIX}")) or [plain_file(folder)]
     found: dict[str, tuple[int, ...]] = {}
     for path in files:
-        with _readable(path), safe_open(path, framework="pt") as file:
+        with _readable(path, flag), safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return found if files == [plain_file(folder)] else _shapes_of_shards(folder)
+    return found if files == [plain_file(folder)] else _shapes_of_shards(folder, flag)
 
 
-def _shapes_of_shards(folder: Path) -> dict[str, tuple[int, ...]]:
+def _shapes_of_shards(folder: Path, flag: str) -> dict[str, tuple[int, ...]]:
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -137,14 +137,15 @@ def _shapes_of_shards(folder: Path) -> dict[str, tuple[int, ...]]:
         assert isinstance(entry, TensorStorageMetadata)
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
             raise CheckpointError(
-                f"--load: {folder} cannot be read (rows of {name} are in none of its files). Expected one file of each "
+                f"{flag}: {folder} cannot be read (rows of {name} are in none of its files). Expected one file of each "
                 "process that saved it; an older checkpoint can be named through latest_checkpointed_iteration.txt."
             )
         found[name] = tuple(entry.size)
     return found
 
 
-def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor], folder: Path) -> None:
+def check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor], where: str) -> None:
+    """CheckpointError, which begins with `where`, lists the names and shapes in `found` that are not `expected`."""
     problems = [f"{n}: not in the checkpoint" for n in expected if n not in found]
     problems += [f"{n}: not in the model" for n in found if n not in expected]
     problems += [
@@ -155,18 +156,18 @@ def _check(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor],
     if problems:
         shown = "\n  ".join(problems[:6]) + (f"\n  and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise CheckpointError(
-            f"--load {folder.parent}: the checkpoint is of another architecture than --hf-checkpoint:\n  {shown}\n"
-            "Give the model folder that the run was started from, or leave out --load."
+            f"{where}: the checkpoint is of another architecture than --hf-checkpoint:\n  {shown}\n"
+            f"Give the model folder that it was trained from, or leave out {where.split()[0]}."
         )
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path, flag: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"--load: {path} cannot be read ({error}). Expected a file that `--save` wrote; an older checkpoint can be "
+            f"{flag}: {path} cannot be read ({error}). Expected a file that `--save` wrote; an older checkpoint can be "
             "named through latest_checkpointed_iteration.txt in the folder above."
         ) from error
 

@@ -11,6 +11,8 @@ gradient that the loss adds to the projection arrives in the same parameter as t
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +26,10 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from miles.weights.gather import rows_of
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh, *, param_dtype: torch.dtype | None, cpu_offload: bool) -> None:
@@ -58,3 +63,31 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def holding(stored: Mapping[str, Tensor], snapshot: Mapping[str, Tensor]) -> Iterator[None]:
+    """Passes inside it run with the shards of `snapshot`, by name; `stored` are the model's own, which come back.
+
+    The values are copied: FSDP gathers from memory that it knows, so that pointing a parameter elsewhere does nothing.
+    """
+    own = {name: tensor.detach().clone() for name, tensor in stored.items()}
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            tensor.copy_(snapshot[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in stored.items():
+                tensor.copy_(own[name])
+
+
+def cut_like(whole: Tensor, shards: Tensor) -> Tensor:
+    """This rank's rows of `whole`, cut as `shards` are; `whole` itself where those are not cut."""
+    if not isinstance(shards, DTensor):
+        return whole
+    mesh = shards.device_mesh
+    begin, end = rows_of(whole.shape[0], mesh.size(), mesh.get_rank())
+    own = whole[begin:end].to(shards.device).clone()
+    return DTensor.from_local(own, mesh, shards.placements, shape=whole.shape, stride=whole.stride(), run_check=False)

@@ -48,6 +48,9 @@ def test_type(row: dict[str, Any]) -> None:
             "qwen3",
             "distill_qwen",
         )
+    elif flag.option == "--advantage-estimator":
+        published = row["type"].removeprefix("str [").removesuffix("]").split(", ")
+        assert list(flag.choices) == [*published, "rloo", "cispo", "dr_grpo"]
     else:
         assert type_text(flag) == row["type"]
 

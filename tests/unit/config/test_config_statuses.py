@@ -59,9 +59,6 @@ NOT_BUILT = [
     ["--actor-num-nodes", "2"],
     ["--rollout-num-gpus", "8"],
     ["--rollout-num-gpus-per-engine", "2"],
-    ["--advantage-estimator", "ppo"],
-    ["--advantage-estimator", "gspo"],
-    ["--use-kl-loss"],
     ["--max-staleness", "1"],
     ["--launcher", "ray"],
     ["--context-parallel-size", "2"],
@@ -84,7 +81,7 @@ FLAGS_BY_ANY_NAME: Mapping[str, Flag] = {name: f for f in FLAGS.values() for nam
 
 
 def test_everything_that_is_not_built_is_named_at_once() -> None:
-    text = refusal("--use-kl-loss", "--train-backend", "megatron", "--fp16")
+    text = refusal("--use-pytorch-profiler", "--train-backend", "megatron", "--fp16")
     assert len(text.splitlines()) == 3
 
 
@@ -95,6 +92,29 @@ NO_MEANING = [["--colocate"], ["--offload"], ["--balance-data"], ["--distributed
 def test_no_meaning_here(flags: list[str]) -> None:
     (notice,) = [n for n in settings(*flags).notices if n.startswith(" ".join(flags))]
     assert "no meaning here" in notice
+
+
+UNREAD = [
+    (["--lambd", "0.9"], ["--advantage-estimator", "ppo"]),
+    (["--gamma", "0.9"], ["--advantage-estimator", "reinforce_plus_plus", "--normalize-advantages"]),
+    (["--critic-lr", "0.1"], ["--advantage-estimator", "ppo"]),
+    (["--num-critic-only-steps", "2"], ["--advantage-estimator", "ppo"]),
+    (["--kl-coef", "0.1", "--ref-load", "m"], ["--advantage-estimator", "ppo"]),
+    (["--kl-loss-coef", "0.1"], ["--use-kl-loss", "--ref-load", "m"]),
+    (["--use-unbiased-kl"], ["--use-kl-loss", "--ref-load", "m"]),
+    (["--kl-loss-type", "k3"], ["--use-kl-loss", "--ref-load", "m"]),
+    (["--ref-load", "m"], ["--use-kl-loss"]),
+    (["--ref-update-interval", "2"], ["--use-kl-loss", "--ref-load", "m"]),
+    (["--opsm-delta", "0.1"], ["--use-opsm"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "with_which"), UNREAD, ids=lambda flags: " ".join(flags))
+def test_flags_that_nothing_reads(flags: list[str], with_which: list[str]) -> None:
+    """A notice without the flags that make something read them, none with them."""
+    said = [n for n in settings(*flags).notices if n.startswith(flags[0])]
+    assert len(said) == 1 and "no meaning here" in said[0]
+    assert not any(n.startswith(flags[0]) for n in settings(*flags, *with_which).notices)
 
 
 @pytest.mark.parametrize("flags", [["--gamma", "1.0"], ["--kl-coef", "0.0"], ["--value-clip", "0.2"]], ids=" ".join)

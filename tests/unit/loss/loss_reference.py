@@ -22,6 +22,9 @@ class Row:
     ref: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     advantage: list[float] = field(default_factory=list)
+    value: list[float] = field(default_factory=list)  # a critic's, now
+    old_value: list[float] = field(default_factory=list)  # and before the first step
+    target: list[float] = field(default_factory=list)
 
 
 def sum_of_means(rows: list[Row], values: list[list[float]], per_token: bool = False) -> float:
@@ -51,6 +54,31 @@ def token_loss(ppo_kl: float, a: float, low: float, high: float, c: float | None
     return loss, float(clipped > plain)
 
 
+def cispo_loss(ppo_kl: float, a: float, log_prob: float, low: float, high: float) -> tuple[float, float]:
+    """The value: its gradient treats the bounded ratio as a constant, see `policy`."""
+    ratio = math.exp(-ppo_kl)
+    bounded = min(max(ratio, 1 - low), 1 + high)
+    return -bounded * a * log_prob, float(bounded != ratio)
+
+
+def value(rows: list[Row], s: Any) -> dict[str, float]:
+    """All metrics of the value loss."""
+    losses, outside = [], []
+    for row in rows:
+        row_losses, row_outside = [], []
+        for v, old, target in zip(row.value, row.old_value, row.target):
+            near = min(max(v, old - s.value_clip), old + s.value_clip)
+            row_losses.append(max((v - target) ** 2, (near - target) ** 2))
+            row_outside.append(float(abs(v - old) > s.value_clip))
+        losses.append(row_losses)
+        outside.append(row_outside)
+    per_token = s.calculate_per_token_loss
+    return {
+        "value_loss": sum_of_means(rows, losses, per_token),
+        "value_clipfrac": sum_of_means(rows, outside, per_token),
+    }
+
+
 def policy(rows: list[Row], s: Any) -> dict[str, float]:
     """All metrics of the policy loss; `s` holds the flags."""
     high = s.eps_clip if s.eps_clip_high is None else s.eps_clip_high
@@ -65,7 +93,10 @@ def policy(rows: list[Row], s: Any) -> dict[str, float]:
         dropped = 0
         for t, (c, o, a) in enumerate(zip(row.current, old, row.advantage)):
             log_ratio = drift if s.advantage_estimator == "gspo" else o - c
-            loss, clip = token_loss(log_ratio, a, s.eps_clip, high, s.eps_clip_c)
+            if s.advantage_estimator == "cispo":
+                loss, clip = cispo_loss(log_ratio, a, c, s.eps_clip, high)
+            else:
+                loss, clip = token_loss(log_ratio, a, s.eps_clip, high, s.eps_clip_c)
             if s.use_opsm and drift > s.opsm_delta and a < 0:
                 loss, dropped = 0.0, dropped + 1
             ratio = math.exp(row.old[t] - row.rollout[t]) if row.rollout and row.old else 1.0
@@ -87,7 +118,10 @@ def policy(rows: list[Row], s: Any) -> dict[str, float]:
     def reduce(values: list[list[float]]) -> float:
         return sum_of_means(rows, values, per_token)
 
-    result = {"pg_loss": reduce(losses), "pg_clipfrac": reduce(clips), "ppo_kl": reduce(log_ratios)}
+    pg_loss = reduce(losses)
+    if s.advantage_estimator == "dr_grpo":
+        pg_loss = sum_of_means(rows, losses, True) / s.rollout_max_response_len
+    result = {"pg_loss": pg_loss, "pg_clipfrac": reduce(clips), "ppo_kl": reduce(log_ratios)}
     result["loss"] = result["pg_loss"]
     if all(row.entropy or not row.mask for row in rows):
         result["entropy_loss"] = reduce([row.entropy for row in rows])
@@ -98,7 +132,7 @@ def policy(rows: list[Row], s: Any) -> dict[str, float]:
     result["train_rollout_logprob_abs_diff"] = reduce(diffs)
     if s.use_opsm:
         result["opsm_clipfrac"] = opsm
-    if s.use_tis:
+    if s.use_tis or s.get_mismatch_metrics:
         result |= {"ois": reduce(ois), "tis": reduce(tis), "tis_clipfrac": reduce(tis_clip), "tis_abs": reduce(tis_abs)}
     return result
 

@@ -168,15 +168,14 @@ def test_dual_clip_bounds_the_loss_of_a_huge_ratio() -> None:
 # ---- advantages and settings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "gspo"])
+@pytest.mark.parametrize("estimator", ["grpo", "gspo", "rloo", "dr_grpo", "cispo"])
 def test_every_token_gets_the_reward_of_its_sample(estimator: str) -> None:
     got = compute_advantages(estimator, AdvantageInputs(torch.tensor([0.5, 9.0, -2.0]), [2, 0, 1]))
     assert got.advantages.tolist() == got.returns.tolist() == [0.5, 0.5, -2.0]
 
 
 def test_unknown_estimator() -> None:
-    known = "grpo, gspo, on_policy_distillation"
-    with pytest.raises(UsageError, match=f"--advantage-estimator: expected one of {known}, got 'nope'"):
+    with pytest.raises(UsageError, match=r"--advantage-estimator: expected one of grpo, gspo, .*, got 'nope'"):
         compute_advantages("nope", AdvantageInputs(torch.zeros(1), [1]))
 
 
@@ -185,6 +184,11 @@ def test_unknown_estimator() -> None:
     [
         ({"eps_clip_c": 1.0}, "--eps-clip-c: expected a number > 1"),
         ({"use_tis": True, "use_rollout_logprobs": True}, "--use-tis: .*--use-rollout-logprobs"),
+        ({"advantage_estimator": "dr_grpo"}, "--advantage-estimator dr_grpo: needs --rollout-max-response-len"),
+        (
+            {"advantage_estimator": "dr_grpo", "rollout_max_response_len": 9, "calculate_per_token_loss": True},
+            "--advantage-estimator dr_grpo: excludes --calculate-per-token-loss",
+        ),
     ],
 )
 def test_settings_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
@@ -195,3 +199,7 @@ def test_settings_that_contradict_themselves(changes: dict[str, Any], message: s
 def test_settings_come_from_anything_with_the_flags() -> None:
     args = Namespace(**vars(LossSettings(eps_clip=0.1, use_tis=True)), lr=1.0)
     assert LossSettings.of(args) == LossSettings(eps_clip=0.1, use_tis=True)
+    first = Namespace(eps_clip=0.3, eps_clip_high=None)
+    assert LossSettings.of(first, args) == LossSettings(eps_clip=0.3, use_tis=True)
+    with pytest.raises(AttributeError, match="loss_type"):
+        LossSettings.of(first)

@@ -1,0 +1,104 @@
+"""Weights beside those in training: the reference model of the KL, and the older policies of `--keep-old-actor`.
+
+Both are snapshots that the one model of a process is pointed at for a pass, not models of their own. A second model
+would hold the same number of weights and its own buffers beside them; the snapshot goes through the very same modules,
+so that the KL of a policy to itself is 0 and not rounding; and an engine that reads the trainer's tensors in place
+keeps reading them, because no tensor is written.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from miles.config import RunConfig
+from miles.errors import CheckpointError
+from miles.trainer.backend import Backend, Snapshot
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class Reference:
+    """The weights of `--ref-load`, or since the last `--ref-update-interval` those of the actor at that time."""
+
+    def __init__(self, backend: Backend, weights: Snapshot, update_interval: int | None) -> None:
+        self.backend, self.weights, self.update_interval = backend, weights, update_interval
+
+    @staticmethod
+    def of(config: RunConfig, backend: Backend) -> Reference | None:
+        """None for a run without a KL to a reference, and for the critic's role."""
+        algorithm, checkpoint = config.algorithm, config.checkpoint
+        if not algorithm.use_reference or checkpoint.ref_load is None:
+            return None
+        folder = weights_folder(checkpoint.ref_load, checkpoint.ref_ckpt_step, flag="--ref-load")
+        weights = backend.read_snapshot(folder, flag="--ref-load")
+        return Reference(backend, weights, algorithm.ref_update_interval)
+
+    def is_due(self, rollout_id: int) -> bool:
+        """Whether the actor becomes the reference after this rollout."""
+        return self.update_interval is not None and (rollout_id + 1) % self.update_interval == 0
+
+    def save(self, folder: Path) -> None:
+        """Only a reference that moves has to be kept."""
+        if self.update_interval is not None:
+            write(self.backend, self.weights, folder / "reference")
+
+    def restore(self, folder: Path) -> None:
+        if self.update_interval is not None and (folder / "reference").is_dir():
+            self.weights = self.backend.read_snapshot(folder / "reference", flag="--load")
+
+
+class OlderPolicies:
+    """Two generations of weights, counted by weight updates: those that the engines served before the last update
+    (`old`), and those that they serve (`served`).
+
+    Old log-probs are taken from `old`. In a loop that generates the next rollout while it trains on this one, these are
+    the weights that made the samples; in a loop that waits they are one update older than those.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.old = self.served = backend.snapshot()
+
+    def advance(self) -> None:
+        """The engines are about to serve the weights as they are now."""
+        self.old, self.served = self.served, self.backend.snapshot()
+
+    def in_use(self) -> AbstractContextManager[None]:
+        return self.backend.using(self.old)
+
+    def save(self, folder: Path) -> None:
+        write(self.backend, self.old, folder / "old_actor")
+        write(self.backend, self.served, folder / "served_actor")
+
+    def restore(self, folder: Path) -> None:
+        """From a checkpoint that has none, the weights as they are: the policy that is trained."""
+        if (folder / "old_actor").is_dir():
+            self.old = self.backend.read_snapshot(folder / "old_actor", flag="--load")
+            self.served = self.backend.read_snapshot(folder / "served_actor", flag="--load")
+        else:
+            self.old = self.served = self.backend.snapshot()
+
+
+def write(backend: Backend, weights: Snapshot, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    backend.write_snapshot(weights, folder)
+
+
+def weights_folder(given: str, iteration: int | None, *, flag: str) -> Path:
+    """Where the weights are: `given` itself for a Hugging Face folder, or one of the checkpoints that `--save` wrote
+    there, the latest by default. CheckpointError names `flag`."""
+    root = Path(given)
+    if iteration is None and ((root / "config.json").is_file() or (root / "model").is_dir()):
+        return root
+    tracker = root / TRACKER
+    if iteration is None and tracker.is_file() and tracker.read_text().strip().isdecimal():
+        iteration = int(tracker.read_text())
+    folder = root if iteration is None else root / f"iter_{iteration:07d}"
+    if iteration is None or not folder.is_dir():
+        found = "no such folder" if not root.is_dir() else f"neither a config.json nor a {TRACKER}"
+        raise CheckpointError(
+            f"{flag} {given}: expected a Hugging Face model folder or one that --save wrote, found "
+            f"{found if iteration is None else f'no {folder.name} in it'}."
+        )
+    return folder
