@@ -10,7 +10,15 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("startup.py", "hooks_door.py", "engine_decode.py", "quickstart.py")
+BENCHMARKS = (
+    "startup.py",
+    "hooks_door.py",
+    "conversion.py",
+    "packing.py",
+    "logprobs.py",
+    "engine_decode.py",
+    "quickstart.py",
+)
 
 
 def main() -> int:

@@ -280,9 +280,11 @@ class RolloutFnTrainOutput:
 
 @dataclass
 class RolloutFnEvalOutput:
-    """Per data set name: `rewards` (required), `truncated`, `samples`.
+    """Per data set name: `rewards` (required), `truncated`, `samples`; or `conversations` alone, which are samples that
+    nothing was generated for: ready to be trained on, they get a loss from the trainer in place of rewards.
 
-    Example: `{"carry": {"rewards": [1.0, 0.0], "truncated": [False, False], "samples": [...]}}`
+    Example: `{"carry": {"rewards": [1.0, 0.0], "truncated": [False, False], "samples": [...]}}`,
+    `{"heldout": {"conversations": [...]}}`
     """
 
     data: dict[str, dict[str, Any]]

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import numpy as np
 
 from miles.batch.ragged import IntArray
-from miles.batch.seqlen_balancing import get_seqlen_balanced_partitions
 from miles.errors import UsageError
 
 
@@ -48,9 +47,11 @@ def by_tokens(
 ) -> list[IntArray]:
     """Micro batches of at most `max_tokens` tokens (`--max-tokens-per-gpu` times the context-parallel size).
 
-    As few as first-fit decreasing needs, but no fewer than `at_least` (what the data-parallel rank with the most needs:
-    all ranks must run equally many), balanced where that stays in the budget. UsageError names a row that alone is
-    longer than the budget, or says that there are fewer rows than `at_least`.
+    Each holds rows of about equal length, consecutive ones once all are sorted: rows are padded to the longest of their
+    micro batch inside attention, whose cost grows with the square of that. Among such cuts it is one with the fewest
+    micro batches, but no fewer than `at_least` (what the data-parallel rank with the most needs: all ranks must run
+    equally many), in which the fullest is as empty as can be. UsageError names a row that alone is longer than the
+    budget, or says that there are fewer rows than `at_least`.
     """
     for row in rows[lengths[rows] > max_tokens][:1].tolist():
         raise UsageError(
@@ -63,45 +64,51 @@ def by_tokens(
             "--max-tokens-per-gpu, or give --balance-data."
         )
     ordered = sorted_by_length(rows, lengths)
-    bins = first_fit_decreasing(ordered, lengths, max_tokens)
-    number = max(len(bins), at_least)
-    if number == 0:
+    ends = np.cumsum(lengths[ordered])
+    number = max(len(consecutive(ends, max_tokens)), at_least)
+    if len(ordered) == 0:
         return []
-    parts = get_seqlen_balanced_partitions(lengths[ordered].tolist(), number, equal_size=False)
-    balanced = [ordered[part] for part in parts]
-    if all(int(lengths[part].sum()) <= max_tokens for part in balanced):
-        return balanced
-    return [np.array(part, dtype=np.int64) for part in halved(bins, number)]
+    parts = consecutive(ends, least_capacity(ends, number, max_tokens))
+    return [np.array(part, dtype=np.int64) for part in halved([ordered[part].tolist() for part in parts], number)]
 
 
 def num_by_tokens(rows: IntArray, lengths: IntArray, max_tokens: int) -> int:
     """How many micro batches `by_tokens` makes of these rows: what ranks compare before they cut."""
-    return len(first_fit_decreasing(sorted_by_length(rows, lengths), lengths, max_tokens))
+    return len(consecutive(np.cumsum(lengths[sorted_by_length(rows, lengths)]), max_tokens))
 
 
-def first_fit_decreasing(ordered: IntArray, lengths: IntArray, max_tokens: int) -> list[list[int]]:
-    """Longest row first, each into the first bin with room. A row that is longer than the budget gets its own."""
-    bins: list[list[int]] = []
-    room = np.empty(len(ordered), dtype=np.int64)
-    for row in ordered[::-1].tolist():
-        length = lengths[row]
-        fits = np.flatnonzero(room[: len(bins)] >= length)
-        k = int(fits[0]) if len(fits) else len(bins)
-        if k == len(bins):
-            bins.append([])
-            room[k] = max_tokens
-        bins[k].append(row)
-        room[k] -= length
-    return bins
+def consecutive(ends: IntArray, capacity: int) -> list[slice]:
+    """Consecutive rows until the next would exceed `capacity`, again and again; `ends` are cumulative lengths.
+
+    Example: lengths 2, 3, 3, 6 are ends = [2, 5, 8, 14]; with a capacity of 6 they give the rows 0:2, 2:3, 3:4.
+    """
+    parts: list[slice] = []
+    start, taken = 0, 0
+    while start < len(ends):
+        end = int(np.searchsorted(ends, taken + capacity, side="right"))
+        parts.append(slice(start, max(end, start + 1)))
+        start = parts[-1].stop
+        taken = int(ends[start - 1])
+    return parts
+
+
+def least_capacity(ends: IntArray, number: int, max_tokens: int) -> int:
+    """The smallest capacity with which `consecutive` makes at most `number` parts, found by bisection."""
+    low, high = 1, max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        fits = np.diff(ends, prepend=0).max() <= middle and len(consecutive(ends, middle)) <= number
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return low
 
 
 def halved(bins: list[list[int]], number: int) -> list[list[int]]:
-    """As many bins as asked for, by halving those with the most rows; none becomes fuller than it was."""
+    """As many bins as asked for, by halving those with the most rows; each part holds neighbours."""
     bins = list(bins)
     while len(bins) < number:
         bins.sort(key=len)
         largest = bins.pop()
-        bins += [largest[::2], largest[1::2]]
+        bins += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
     return bins
 
 

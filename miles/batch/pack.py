@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from miles.batch.ragged import IntArray, offsets_of, places_of
+from miles.batch.ragged import IntArray, gathered, offsets_of, places_of, sliced
 from miles.batch.types import TrainBatch
 
 
@@ -53,7 +53,8 @@ class PackedBatch:
     sample_ids: Tensor  # int64 [R], which of the n rows each response token belongs to
     loss_mask: Tensor  # int32 [R]
     response_places: Tensor  # int64 [R], places of these response tokens in the batch's flat response columns
-    token_places: IntArray  # int64 [T], row after row: the place of each token in the batch's flat tokens
+    # int64 [T], row after row: the place of each token in the batch's flat tokens; None where experts do not matter
+    token_places: IntArray | None = None
     routed_experts: Tensor | None = None  # int64 [P, layers, top_k], the experts to take; -1 = the router's own choice
 
     def __len__(self) -> int:
@@ -79,37 +80,34 @@ def pack(
     rows = np.asarray(rows, dtype=np.int64)
     total_lengths, response_lengths = batch.total_lengths[rows], batch.response_lengths[rows]
     cu_seqlens = offsets_of(total_lengths)
-    num_tokens = int(cu_seqlens[-1])
-    position_ids = np.arange(num_tokens, dtype=np.int64) - np.repeat(cu_seqlens[:-1], total_lengths)
-    token_places = places_of(batch.token_offsets, rows)
-    tokens = batch.tokens[token_places]
+    one_row = np.arange(int(total_lengths.max(initial=0)), dtype=np.int64)
+    position_ids = sliced(one_row, np.zeros_like(total_lengths), total_lengths)
+    tokens = gathered(batch.tokens, batch.token_offsets, rows)
+    response_starts = cu_seqlens[1:] - response_lengths
+    token_places = None if experts is None else places_of(batch.token_offsets, rows)
     taken = None if experts is None else experts[token_places]
-    # Place of the first response token of each row, less where its response starts among all response tokens.
-    shift = cu_seqlens[1:] - response_lengths - offsets_of(response_lengths)[:-1]
-    responding = np.arange(int(response_lengths.sum()), dtype=np.int64) + np.repeat(shift, response_lengths)
-    places = places_of(batch.response_offsets, rows)
-
     row_places, kept = _places(tokens, cu_seqlens, total_lengths - response_lengths, share_prompts, taken)
+    offsets = batch.response_offsets
 
     def put(array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     return PackedBatch(
         rows=rows,
-        tokens=put(tokens[kept]),
-        position_ids=put(position_ids[kept]),
+        tokens=put(tokens if kept is None else tokens[kept]),
+        position_ids=put(position_ids if kept is None else position_ids[kept]),
         cu_seqlens=put(cu_seqlens.astype(np.int32)),
         row_places=put(row_places),
         max_seqlen=int(total_lengths.max(initial=0)),
         total_lengths=total_lengths.tolist(),
         response_lengths=response_lengths.tolist(),
-        predicting=put(row_places[responding - 1]),
-        targets=put(tokens[responding]),
+        predicting=put(sliced(row_places, response_starts - 1, cu_seqlens[1:] - 1)),
+        targets=put(sliced(tokens, response_starts, cu_seqlens[1:])),
         sample_ids=put(np.repeat(np.arange(len(rows), dtype=np.int64), response_lengths)),
-        loss_mask=put(batch.loss_masks[places]),
-        response_places=put(places),
+        loss_mask=put(gathered(batch.loss_masks, offsets, rows)),
+        response_places=put(places_of(offsets, rows)),
         token_places=token_places,
-        routed_experts=None if taken is None else put(taken[kept].astype(np.int64)),
+        routed_experts=None if taken is None else put((taken if kept is None else taken[kept]).astype(np.int64)),
     )
 
 
@@ -119,11 +117,11 @@ def _places(
     prompt_lengths: IntArray,
     share_prompts: bool,
     experts: npt.NDArray[np.int16] | None,
-) -> tuple[IntArray, IntArray]:
-    """The packed place of each token [T], and which tokens are packed [P], ascending."""
+) -> tuple[IntArray, IntArray | None]:
+    """The packed place of each token [T], and which tokens are packed [P], ascending; None for all of them."""
     own = np.arange(len(tokens), dtype=np.int64)
     if not share_prompts:
-        return own, own
+        return own, None
     source, keep = own.copy(), np.ones(len(tokens), dtype=np.bool_)
     first_with: dict[bytes, int] = {}
     for start, length in zip(cu_seqlens[:-1].tolist(), prompt_lengths.tolist()):

@@ -9,8 +9,9 @@ What the columns mean is `miles.batch.types`; which rows go where is `split`, `m
 
 from __future__ import annotations
 
+import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -23,9 +24,6 @@ from miles.errors import UsageError
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 Scalar = TypeVar("Scalar", bound=np.generic)
-
-TYPECODES: dict[type[Any], str] = {np.int64: "q", np.int32: "i", np.float32: "f"}
-
 
 def offsets_of(lengths: npt.ArrayLike) -> IntArray:
     """Cumulative lengths with a leading 0: int64 [n] -> int64 [n + 1]."""
@@ -43,6 +41,18 @@ def places_of(offsets: IntArray, rows: IntArray) -> IntArray:
     return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(shift, lengths)
 
 
+def gathered(values: npt.NDArray[Scalar], offsets: IntArray, rows: IntArray) -> npt.NDArray[Scalar]:
+    """`values[places_of(offsets, rows)]`, as one copy per row instead of one per value."""
+    return sliced(values, offsets[rows], offsets[rows + 1])
+
+
+def sliced(values: npt.NDArray[Scalar], begins: IntArray, ends: IntArray) -> npt.NDArray[Scalar]:
+    """`values[begins[0]:ends[0]]`, `values[begins[1]:ends[1]]`, ... one after another."""
+    if len(begins) == 0:
+        return values[:0]
+    return np.concatenate([values[begin:end] for begin, end in zip(begins.tolist(), ends.tolist())])
+
+
 def flatten_rows(key: str, rows: Sequence[Any], dtype: type[Scalar]) -> tuple[npt.NDArray[Scalar], IntArray]:
     """One flat array and the length of each row. Rows are lists, tuples, numpy arrays or tensors of one dimension.
 
@@ -52,16 +62,46 @@ def flatten_rows(key: str, rows: Sequence[Any], dtype: type[Scalar]) -> tuple[np
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     except TypeError:
         raise UsageError(f"{key}: {first_bad_row(rows, dtype)}") from None
-    with suppress(TypeError, OverflowError):
-        # The fast path: lists of exactly the expected kind. Anything else is looked at row by row below.
-        flat = array(TYPECODES[dtype])
-        for row in rows:
-            flat.fromlist(row)
-        return np.frombuffer(flat, dtype=dtype), lengths
+    if all(type(row) is list for row in rows):
+        with suppress(TypeError, ValueError, OverflowError, struct.error):
+            return READERS[dtype](rows, lengths), lengths  # anything unusual is looked at row by row below
     with suppress(TypeError, ValueError, OverflowError):
         arrays = [one_dimensional(row) for row in rows]
         return exactly(np.concatenate(arrays), dtype), lengths
     raise UsageError(f"{key}: {first_bad_row(rows, dtype)}")
+
+
+def read_ids(rows: Sequence[list[Any]], lengths: IntArray) -> IntArray:
+    """Lists of numbers >= 0. The unsigned type of `array` is read at twice the speed of the signed one."""
+    flat = array("Q")
+    for row in rows:
+        flat.fromlist(row)
+    values = np.frombuffer(flat, dtype=np.int64)
+    if values.min(initial=0) < 0:
+        raise OverflowError
+    return values
+
+
+def read_bytes(rows: Sequence[list[Any]], lengths: IntArray) -> npt.NDArray[np.int32]:
+    """Lists of numbers from 0 to 255: masks."""
+    return np.frombuffer(b"".join(map(bytes, rows)), dtype=np.uint8).astype(np.int32)
+
+
+def read_floats(rows: Sequence[list[Any]], lengths: IntArray) -> FloatArray:
+    values = np.empty(int(lengths.sum()), dtype=np.float32)
+    target, place = values.data.cast("B"), 0
+    for row in rows:
+        struct.pack_into(f"{len(row)}f", target, place, *row)
+        place += len(row) * values.itemsize
+    return values
+
+
+READERS: dict[type[Any], Callable[[Sequence[list[Any]], IntArray], npt.NDArray[Any]]] = {
+    np.int64: read_ids,
+    np.int32: read_bytes,
+    np.float32: read_floats,
+}
+"""The fastest way from lists of Python numbers that the standard library has, by dtype. Each raises for what is odd."""
 
 
 def one_dimensional(row: Any) -> npt.NDArray[Any]:

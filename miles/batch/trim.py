@@ -14,12 +14,11 @@ from miles.types import Sample
 class TrimmedRollout:
     """Flat samples and the optimizer step's share of them.
 
-    Example: 130 samples with `--global-batch-size 64` become 128 samples, `global_batch_size=64`, `num_dropped=2`.
+    Example: 130 samples with `--global-batch-size 64` become 128 samples, `global_batch_size=64`.
     """
 
     samples: list[Sample]
     global_batch_size: int  # samples per optimizer step, over all data-parallel ranks
-    num_dropped: int = 0
 
 
 def flatten_groups(nested: Iterable[Any]) -> list[Sample]:
@@ -71,4 +70,4 @@ def trim_rollout(
         )
     if not enabled:
         return TrimmedRollout(samples, global_batch_size)
-    return TrimmedRollout(samples[:keep], global_batch_size, num_dropped=n - keep)
+    return TrimmedRollout(samples[:keep], global_batch_size)

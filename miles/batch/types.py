@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from miles.batch.ragged import FloatArray, IntArray, offsets_of, places_of
+from miles.batch.ragged import FloatArray, IntArray, gathered, offsets_of, places_of
 
 if TYPE_CHECKING:
     from miles.batch.view import PublishedView
@@ -118,20 +118,21 @@ class TrainBatch:
     def select(self, rows: Sequence[int] | IntArray) -> TrainBatch:
         """The given rows in the given order, as a batch of its own. `shared` values are carried over whole."""
         rows = np.asarray(rows, dtype=np.int64)
-        token_places = places_of(self.token_offsets, rows)
-        places = places_of(self.response_offsets, rows)
-        index = torch.from_numpy(places)
+        offsets = self.response_offsets
+        index = torch.from_numpy(places_of(offsets, rows)) if self.response_columns else torch.empty(0)
         picked = {name: pick(getattr(self, name), rows) for name in ROW_COLUMNS}
         return TrainBatch(
-            tokens=self.tokens[token_places],
+            tokens=gathered(self.tokens, self.token_offsets, rows),
             token_offsets=offsets_of(self.total_lengths[rows]),
             response_lengths=self.response_lengths[rows],
-            loss_masks=self.loss_masks[places],
+            loss_masks=gathered(self.loss_masks, offsets, rows),
             failed=self.failed[rows],
             dropped=None if self.dropped is None else self.dropped[rows],
             rewards=self.rewards[rows] if isinstance(self.rewards, np.ndarray) else pick(self.rewards, rows),
             truncated=None if self.truncated is None else self.truncated[rows],
-            rollout_log_probs=None if self.rollout_log_probs is None else self.rollout_log_probs[places],
+            rollout_log_probs=(
+                None if self.rollout_log_probs is None else gathered(self.rollout_log_probs, offsets, rows)
+            ),
             response_columns={name: x[index.to(x.device)] for name, x in self.response_columns.items()},
             extras={name: [column[i] for i in rows] for name, column in self.extras.items()},
             shared=dict(self.shared),

@@ -97,7 +97,8 @@ class EvalFunction(Protocol):
     """All evaluation data sets, called with `evaluation=True` (or RolloutFnEvalInput).
 
     A value that is not a RolloutFnEvalOutput is taken as its `data`: data set name -> `{"rewards": [...],
-    "truncated": [...], "samples": [...]}`, of which `rewards` is required.
+    "truncated": [...], "samples": [...]}`, of which `rewards` is required, or -> `{"conversations": [...]}`: finished
+    samples, of which the trainer computes the loss (`eval/<name>-loss`, `eval/<name>-perplexity`).
     """
 
     def __call__(self, input: RolloutFnInput) -> RolloutFnEvalOutput: ...

@@ -164,8 +164,12 @@ def generate_output(value: Any) -> GenerateFnOutput:
 
 
 def evaluation_data(data: Any) -> None:
-    """Raises BadReturn where `data` is not: data set name -> a dict with the list `rewards`, one number per sample."""
+    """Raises BadReturn where `data` is not: data set name -> a dict with the list `rewards`, one number per sample, or
+    with the list `conversations`, finished samples."""
     for name, entry in of_type(data, dict, "a dict: data set name -> {'rewards': [...]}").items():
+        if isinstance(entry, dict) and "conversations" in entry and "rewards" not in entry:
+            finished_samples(entry["conversations"], f"conversations of data set {name!r}")
+            continue
         if not isinstance(entry, dict) or "rewards" not in entry:
             raise BadReturn("type", f"data set {name!r} has no 'rewards'", "each data set needs a list of rewards")
         rewards = entry["rewards"]
@@ -179,6 +183,11 @@ def evaluation_data(data: Any) -> None:
         for key in ("truncated", "samples"):
             if entry.get(key) is not None and not hasattr(entry[key], "__len__"):
                 raise BadReturn("type", f"{key!r} of data set {name!r}: got {_short(entry[key])}, expected a list")
+
+
+def finished_samples(value: Any, what: str) -> None:
+    if not isinstance(value, list) or not value or not all(isinstance(entry, Sample) for entry in value):
+        raise BadReturn("type", f"{what}: got {_short(value)}, expected a list of Samples that is not empty")
 
 
 def filter_verdict(value: Any) -> DynamicFilterOutput:

@@ -70,6 +70,8 @@ class LinearLogProbs(torch.autograd.Function):
     """With z = h W^T / temperature, p = softmax(z), l = log p_y and H = -sum p log p:
 
     dl/dz = onehot(y) - p        dH/dz = -p (log p + H)
+
+    All chunks work in the same one or two buffers [chunk, V].
     """
 
     @staticmethod
@@ -87,18 +89,24 @@ class LinearLogProbs(torch.autograd.Function):
         log_probs = torch.empty(num_tokens, dtype=wide, device=hidden.device)
         entropy = torch.empty_like(log_probs) if with_entropy else None
         normalizers = torch.empty_like(log_probs)
-        kept = None
+        keep = 0 < num_tokens <= chunk_tokens
+        buffers = Buffers(min(num_tokens, chunk_tokens), weight, wide, two=with_entropy or keep)
         for part in chunks(num_tokens, chunk_tokens):
-            z = scaled_logits(hidden[part], weight, temperature, wide)
-            torch.logsumexp(z, dim=-1, out=normalizers[part])
-            log_probs[part] = z.gather(-1, targets[part, None]).squeeze(-1) - normalizers[part]
-            z.sub_(normalizers[part, None])  # log p
+            z, exponentials = scaled_logits(hidden[part], weight, temperature, buffers)
+            log_probs[part] = z.gather(-1, targets[part, None]).squeeze(-1)
+            top = z.amax(-1, keepdim=True)
+            torch.exp(z.sub_(top), out=exponentials)
+            total = exponentials.sum(-1, keepdim=True)
+            normalizers[part] = (top + total.log()).squeeze(-1)
             if entropy is not None:
-                entropy[part] = -(z.exp() * z).sum(-1)
-            kept = z if num_tokens <= chunk_tokens else None
-        ctx.temperature, ctx.chunk_tokens, ctx.wide = temperature, chunk_tokens, wide
+                mean = torch.linalg.vecdot(exponentials, z)[:, None] / total
+                entropy[part] = (total.log() - mean).squeeze(-1)
+            if keep:
+                z.sub_(total.log())
+        log_probs -= normalizers
+        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, targets, normalizers, entropy, kept)
+        ctx.save_for_backward(hidden, weight, targets, normalizers, entropy, buffers.first if keep else None)
         return log_probs, entropy
 
     @staticmethod
@@ -107,22 +115,27 @@ class LinearLogProbs(torch.autograd.Function):
         ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, targets, normalizers, entropy, kept = ctx.saved_tensors
+        wide = normalizers.dtype
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=ctx.wide) if need_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         if grad_log_probs is None and grad_entropy is None:
             return grad_hidden, none_or_cast(grad_weight, weight.dtype), None, None, None, None
+        size = min(hidden.shape[0], ctx.chunk_tokens)
+        buffers = Buffers(size, weight, wide, two=grad_entropy is not None or kept is not None, first=kept)
         for part in chunks(hidden.shape[0], ctx.chunk_tokens):
             if kept is not None:
-                log_p = kept
+                log_p, grad_z = kept, buffers.second
             else:
-                log_p = scaled_logits(hidden[part], weight, ctx.temperature, ctx.wide).sub_(normalizers[part, None])
-            grad_z = log_p.exp()
+                log_p, grad_z = scaled_logits(hidden[part], weight, ctx.temperature, buffers)
+                log_p.sub_(normalizers[part, None])
+            torch.exp(log_p, out=grad_z)  # p
             if grad_entropy is None:
                 assert grad_log_probs is not None
                 grad_z.mul_(-grad_log_probs[part, None])
             else:
-                pull = (log_p + entropy[part, None]).mul_(grad_entropy[part, None])
+                pull = torch.add(log_p, entropy[part, None], out=None if kept is not None else log_p)
+                pull.mul_(grad_entropy[part, None])
                 grad_z.mul_(pull if grad_log_probs is None else pull.add_(grad_log_probs[part, None])).neg_()
             if grad_log_probs is not None:
                 grad_z.scatter_add_(-1, targets[part, None], grad_log_probs[part, None])
@@ -136,10 +149,30 @@ class LinearLogProbs(torch.autograd.Function):
         return grad_hidden, none_or_cast(grad_weight, weight.dtype), None, None, None, None
 
 
-def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, wide: torch.dtype) -> Tensor:
-    """A fresh [chunk, V] tensor."""
-    z = (hidden @ weight.T).to(wide)
-    return z.div_(temperature) if temperature != 1.0 else z
+class Buffers:
+    """One or two [chunk, V] in the dtype of the softmax, and one in that of the projection where it is another."""
+
+    def __init__(
+        self, size: int, weight: Tensor, wide: torch.dtype, *, two: bool, first: Tensor | None = None
+    ) -> None:
+        def make(dtype: torch.dtype) -> Tensor:
+            return torch.empty(size, weight.shape[0], dtype=dtype, device=weight.device)
+
+        self.first = make(wide) if first is None else first
+        self.second = make(wide) if two else self.first
+        self.projected = self.first if weight.dtype == wide else make(weight.dtype)
+
+
+def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float, buffers: Buffers) -> tuple[Tensor, Tensor]:
+    """h W^T / temperature in the first buffer, and the second; the last chunk may need only a part of both."""
+    size = hidden.shape[0]
+    z = buffers.first[:size]
+    projected = torch.mm(hidden, weight.T, out=buffers.projected[:size])
+    if projected.dtype != z.dtype:
+        z.copy_(projected)
+    if temperature != 1.0:
+        z.div_(temperature)
+    return z, buffers.second[:size]
 
 
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -35,6 +35,11 @@ def convert(config: RunConfig, args: Namespace, hooks: Hooks, samples: list[Samp
     return batch
 
 
+def convert_held_out(samples: list[Sample]) -> TrainBatch:
+    """Conversations of an evaluation: nothing but tokens and masks counts, and no plug-in has a part in it."""
+    return to_train_batch(samples, [None] * len(samples), np.zeros(len(samples), dtype=np.float32))
+
+
 def _converted(config: RunConfig, args: Namespace, hooks: Hooks, samples: list[Sample]) -> TrainBatch:
     custom = hooks.custom_convert_samples_to_train_data
     if custom is not None:

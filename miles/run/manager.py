@@ -20,9 +20,9 @@ import logging
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,13 @@ from miles.observe import metrics as M
 from miles.observe.files import prepare_folder
 from miles.observe.record import RunRecord
 from miles.observe.tracking import Tracker
-from miles.rollout import sglang_rollout
+from miles.rollout import sft_rollout, sglang_rollout
 from miles.rollout.data_source import RolloutDataSource
 from miles.rollout.evaluate import load_all
 from miles.rollout.inference_rollout.inference_rollout_common import InferenceRolloutFn
 from miles.rollout.loop_thread import run
-from miles.run.conversion import convert
+from miles.run.conversion import convert, convert_held_out
+from miles.trainer.heldout import LossSums
 from miles.types import (
     RolloutFnConstructorInput,
     RolloutFnEvalInput,
@@ -91,12 +92,18 @@ class RolloutReport:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """`accuracy` is the mean reward per data set after `done` rollouts; `example` one sample of the first data set."""
+    """One evaluation after `done` rollouts; `example` is one sample of the first data set with rewards.
+
+    `scores` are what a reader looks at: the mean reward per data set, under its name, and the loss of a data set of
+    conversations as `<name>-loss`. Such sets are in `conversations` (one shard per data-parallel rank) and have no loss
+    before `RolloutManager.add_losses`.
+    """
 
     done: int
-    accuracy: dict[str, float]
+    scores: dict[str, float]
     metrics: dict[str, Any]
     example: Sample | None
+    conversations: dict[str, list[TrainBatch]] = field(default_factory=dict)
 
 
 class RolloutManager:
@@ -124,8 +131,12 @@ class RolloutManager:
         given = RolloutFnConstructorInput(args=args, data_source=self.data_source)
         self._rollout_fn = hooks.rollout_function.build(given)
         self._eval_fn = hooks.eval_function.build(given)
-        if config.eval.eval_interval is not None and not config.debug.debug_train_only:
+        if config.eval.eval_interval is not None and self._can_evaluate():
             self._read_eval_data()
+
+    def _can_evaluate(self) -> bool:
+        """Without an engine only losses can be computed, which is what supervised fine-tuning is judged by."""
+        return not self.config.debug.debug_train_only or self.config.algorithm.loss_type == "sft_loss"
 
     def _read_eval_data(self) -> None:
         """What is wrong with an evaluation set is said now, and not after the training that it is to judge."""
@@ -133,6 +144,8 @@ class RolloutManager:
             load_all(self._eval_fn.state, self._eval_fn.eval_prompt_dataset_cache)
         elif self.hooks.eval_function.target is sglang_rollout.generate_rollout:
             sglang_rollout.load_eval_data(self.args)
+        elif self.hooks.eval_function.target is sft_rollout.generate_rollout:
+            sft_rollout.load_eval_data(self.args)
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -147,6 +160,7 @@ class RolloutManager:
         with self._rejecting("rollout_function", "rollout_sample_filter", "custom_generate_function"):
             check_samples(flat)
             trimmed = self._trim(flat)
+        self._tell_what_is_left_over(rollout_id, len(flat), trimmed.global_batch_size)
         samples = trimmed.samples
         if self.config.debug.save_debug_rollout_data:
             debug_data.save(self.config.debug.save_debug_rollout_data, rollout_id, samples)
@@ -156,6 +170,7 @@ class RolloutManager:
         with self._rejecting(*MAKERS):
             batch = convert(self.config, self.args, self.hooks, samples)
             self._check_vocabulary(batch)
+        learns_from_text = self.config.algorithm.loss_type == "sft_loss"  # its rewards are all 0 and mean nothing
         return RolloutReport(
             rollout_id=rollout_id,
             shards=split_batch(batch, self._dp_size(), balance=self.config.data.balance_data),
@@ -163,7 +178,7 @@ class RolloutManager:
             seconds=seconds,
             samples=len(samples),
             response_tokens=sum(s.response_length for s in flat),
-            mean_reward=M.mean_reward(scored, self.config.reward.reward_key),
+            mean_reward=None if learns_from_text else M.mean_reward(scored, self.config.reward.reward_key),
             failed_scores=len(samples) - len(scored),
             metrics=logged,
         )
@@ -201,6 +216,14 @@ class RolloutManager:
             dynamic=buffer.use_dynamic_global_batch_size,
             enabled=not buffer.disable_rollout_trim_samples and debug.load_debug_rollout_data is None,
         )
+
+    def _tell_what_is_left_over(self, rollout_id: int, num_samples: int, step: int) -> None:
+        over = num_samples % max(step, 1)
+        if over and not self.config.debug.debug_rollout_only:
+            logger.warning(
+                "rollout %d: %d of %d samples fill no whole optimizer step of %d (--global-batch-size) and are not "
+                "trained on", rollout_id, over, num_samples, step,
+            )  # fmt: skip
 
     def _samples(self, rollout_id: int) -> RolloutFnTrainOutput:
         debug = self.config.debug
@@ -241,11 +264,11 @@ class RolloutManager:
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
     def eval(self, done: int) -> EvalReport | None:
-        """All evaluation data sets, after `done` rollouts; None under `--debug-train-only`, where there is no engine.
+        """All evaluation data sets, after `done` rollouts; None where `_can_evaluate` says so.
 
         Plug-ins and metrics know an evaluation by the rollout that it follows; that before training counts as 0 there.
         """
-        if self.config.debug.debug_train_only:
+        if not self._can_evaluate():
             return None
         rollout_id = max(done - 1, 0)
         self.tracker.rollout_id = done - 1
@@ -256,6 +279,8 @@ class RolloutManager:
             everything = [s for d in output.data.values() for s in d.get("samples", [])]
             debug_data.save(self.config.debug.save_debug_rollout_data, f"eval_{rollout_id}", everything)
         hook = self.hooks.custom_eval_rollout_log_function
+        conversations = {name: e["conversations"] for name, e in output.data.items() if "conversations" in e}
+        output.data = {name: e for name, e in output.data.items() if "conversations" not in e}
         logged = M.eval_metrics(
             output.data,
             group_size={d.name: d.n_samples_per_eval_prompt for d in self.config.eval.eval_datasets},
@@ -265,15 +290,44 @@ class RolloutManager:
             extra=output.metrics,
         )
         shown = {name: dict(entry) for name, entry in output.data.items()}
-        if hook is None or not hook(rollout_id, self.args, shown, output.metrics):
-            step = M.compute_rollout_step(self.args, rollout_id)
-            self.tracker.log({**logged, "eval/step": step}, step_key="eval/step")
+        only_losses = bool(conversations) and not output.data
+        if not only_losses and (hook is None or not hook(rollout_id, self.args, shown, output.metrics)):
+            self._log_evaluation(done, logged)
         for name, entry in output.data.items():
             if entry.get("samples"):
                 self.record.write_rollout(done, entry["samples"], evaluation=name)
         first = next(iter(output.data.values()), {}).get("samples") or [None]
-        accuracy = {name: logged[f"eval/{name}"] for name in output.data if f"eval/{name}" in logged}
-        return EvalReport(done, accuracy, logged, first[0])
+        scores = {name: logged[f"eval/{name}"] for name in output.data if f"eval/{name}" in logged}
+        shards = {name: self._held_out(name, samples) for name, samples in conversations.items()}
+        return EvalReport(done, scores, logged, first[0], shards)
+
+    def _log_evaluation(self, done: int, metrics: dict[str, Any]) -> None:
+        step = M.compute_rollout_step(self.args, max(done - 1, 0))
+        self.tracker.log({**metrics, "eval/step": step}, step_key="eval/step")
+
+    def _held_out(self, name: str, samples: list[Sample]) -> list[TrainBatch]:
+        """The conversations of one evaluation set as shards of about equally many rows."""
+        with self._rejecting("eval_function"):
+            check_samples(samples)
+            batch = convert_held_out(samples)
+            self._check_vocabulary(batch)
+            if not batch.loss_masks.any():
+                raise UsageError(
+                    f"evaluation set {name!r}: no token of its {len(batch)} conversations is learned, so that they "
+                    "have no loss. Expected assistant messages without step_loss_mask 0."
+                )
+        size = self._dp_size()
+        return [batch.select(np.arange(rank, len(batch), size)) for rank in range(size)]
+
+    def add_losses(self, report: EvalReport, losses: Mapping[str, LossSums]) -> EvalReport:
+        """Log the losses that the trainer computed for `report.conversations`; the report with them."""
+        self.tracker.rollout_id = report.done - 1
+        metrics = {}
+        for name, sums in losses.items():
+            metrics |= {f"eval/{name}-loss": sums.loss, f"eval/{name}-perplexity": sums.perplexity}
+        self._log_evaluation(report.done, metrics)
+        scores = {f"{name}-loss": sums.loss for name, sums in losses.items()}
+        return replace(report, scores={**report.scores, **scores}, metrics={**report.metrics, **metrics})
 
     # ---- state ---------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from miles.engine.embedded.engine import EmbeddedEngine
     from miles.run.manager import EvalReport, RolloutManager, RolloutReport
     from miles.trainer.actor import TrainReport
+    from miles.trainer.heldout import LossSums
     from miles.trainer.trainer import Trainer
 
 P = ParamSpec("P")
@@ -82,6 +83,10 @@ class RolloutRole:
         """Evaluate the model after `done` rollouts."""
         return await self._thread.call(self.manager.eval, done)
 
+    async def add_losses(self, report: EvalReport, losses: Mapping[str, LossSums]) -> EvalReport:
+        """The report with what the trainer said of its conversations."""
+        return await self._thread.call(self.manager.add_losses, report, losses)
+
     async def save(self, rollout_id: int) -> None:
         await self._thread.call(self.manager.save, rollout_id)
 
@@ -110,6 +115,10 @@ class TrainRole:
         return await self._thread.call(
             self.trainer.train_shards, rollout_id, rollout.shards, rollout.global_batch_size
         )
+
+    async def evaluate(self, report: EvalReport) -> dict[str, LossSums]:
+        """The loss of the report's conversations, by evaluation set."""
+        return await self._thread.call(self.trainer.evaluate_shards, report.conversations)
 
     async def update_weights(self) -> int:
         """Hand the weights to the engines; the version that they serve from now on."""

@@ -32,7 +32,7 @@ from miles.run.periodic import should_run_periodic_action
 
 if TYPE_CHECKING:
     from miles.run.launch import Run
-    from miles.run.manager import RolloutReport
+    from miles.run.manager import EvalReport, RolloutReport
 
 T = TypeVar("T")
 
@@ -155,11 +155,19 @@ class Driver:
         """Evaluate the model after `done` rollouts, unless a stop request cuts it short."""
         with self.run.clock.excluded():
             try:
-                report = await self.stop.cancellable(self.run.rollout.evaluate(done), loses=False)
+                report = await self.stop.cancellable(self._evaluation(done), loses=False)
             except CutShort:
                 return
         if report is not None:
             self.run.watch.evaluated(done, report)
+
+    async def _evaluation(self, done: int) -> EvalReport | None:
+        """Rewards of what the engines generate, and losses of conversations, for which the trainer has the weights."""
+        run = self.run
+        report = await run.rollout.evaluate(done)
+        if report is None or not report.conversations or run.trainer is None:
+            return report
+        return await run.rollout.add_losses(report, await run.trainer.evaluate(report))
 
     # ---- saving --------------------------------------------------------------------------------------------------
 

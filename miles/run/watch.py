@@ -60,23 +60,24 @@ class Watch:
 
     def recall(self) -> None:
         """What the record knows of the rollouts before a resume: rewards and evaluations for curve and summary."""
-        names = [dataset.name for dataset in self.config.eval.eval_datasets]
+        sets = [dataset.name for dataset in self.config.eval.eval_datasets]
+        names = [*sets, *(f"{name}-loss" for name in sets)]
         for line in read_metrics(self.record.path):
             rollout_id = line.get("_rollout_id", -1)
-            if "rollout/raw_reward" in line:
+            if "rollout/raw_reward" in line and self.config.algorithm.loss_type != "sft_loss":
                 self.rewards.append((rollout_id, line["rollout/raw_reward"]))
-            accuracy = {name: line[f"eval/{name}"] for name in names if f"eval/{name}" in line}
-            if accuracy:
-                self._remember(rollout_id + 1, accuracy)
+            scores = {name: line[f"eval/{name}"] for name in names if f"eval/{name}" in line}
+            if scores:
+                self._remember(rollout_id + 1, scores)
             if self.checker is not None and self.checker.key in line:
                 self.checker.on_eval(line)
 
-    def _remember(self, done: int, accuracy: dict[str, float]) -> None:
+    def _remember(self, done: int, scores: dict[str, float]) -> None:
         if done == 0:
-            self.eval_before = accuracy
+            self.eval_before = scores
         else:
-            self.eval_after = accuracy
-        for name, value in accuracy.items():
+            self.eval_after = scores
+        for name, value in scores.items():
             self.evals.setdefault(name, []).append((done, value))
 
     def notice(self, text: str) -> None:
@@ -124,11 +125,11 @@ class Watch:
 
     def evaluated(self, done: int, report: EvalReport) -> None:
         """The model after `done` rollouts; 0 is the model before training."""
-        self._remember(done, report.accuracy)
+        self._remember(done, report.scores)
         if self.checker is not None:
             self.checker.on_eval(report.metrics)
         title = "before training" if done == 0 else f"after rollout {done}"
-        self.display.evaluation(title, report.accuracy)
+        self.display.evaluation(title, report.scores)
         if report.example is not None and done in (0, self.total):
             self._show(title, report.example)
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +55,7 @@ from miles.observe.timers import Timer
 from miles.observe.tracking import Tracker
 from miles.trainer.advantages import advantage_inputs
 from miles.trainer.backend import Backend, MicroLoss, ModelOutput
+from miles.trainer.heldout import LossSums
 from miles.trainer.kept import keep_step, listed
 from miles.trainer.report import column_sums, means_of
 from miles.trainer.routing import RoutingTape
@@ -353,6 +354,19 @@ class TrainActor:
         share = self.settings.loss_type != "custom_loss"
         experts = self._tape.experts if self._tape is not None and replays else None
         return [pack(shard, part, device=self.backend.device, share_prompts=share, experts=experts) for part in parts]
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate_shards(self, sets: Mapping[str, Sequence[TrainBatch]]) -> dict[str, LossSums]:
+        """The loss of each evaluation set, of whose shards (one per data-parallel rank) this rank takes its own."""
+        return {name: self._loss_sums(shards[self.backend.parallel.dp_rank]) for name, shards in sets.items()}
+
+    def _loss_sums(self, shard: TrainBatch) -> LossSums:
+        log_probs = torch.zeros(len(shard.loss_masks))
+        micros = self._micro_batches(shard, np.arange(len(shard)), replays=False)
+        for micro, values in zip(micros, self.backend.forward_only(micros, self._read_log_probs)):
+            log_probs[micro.response_places.cpu()] = values.float()
+        return LossSums.from_tensor(self.backend.sum_over_ranks(LossSums.tensor_of(shard, log_probs)))
 
     # ---- an optimizer step ---------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pickle
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from miles.batch import TrainBatch
     from miles.hooks.stats import Counts
     from miles.trainer.actor import TrainReport
+    from miles.trainer.heldout import LossSums
     from miles.trainer.schedule import Schedule
     from miles.trainer.worker import Worker
     from miles.weights.shared_memory import Layout
@@ -110,6 +111,16 @@ class Train(Command["tuple[TrainReport, dict[str, Counts]]"]):
 
     def run(self, worker: Worker) -> tuple[TrainReport, dict[str, Counts]]:
         return worker.train(self.rollout_id, self.shard, self.global_batch_size)
+
+
+@dataclass(frozen=True)
+class Evaluate(Command["dict[str, LossSums]"]):
+    """The loss of evaluation sets; every rank gets all shards and takes its own."""
+
+    sets: Mapping[str, Sequence[TrainBatch]]
+
+    def run(self, worker: Worker) -> dict[str, LossSums]:
+        return worker.actor.evaluate_shards(self.sets)
 
 
 @dataclass(frozen=True)

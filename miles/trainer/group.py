@@ -45,6 +45,7 @@ from miles.trainer.actor import TrainReport
 from miles.trainer.commands import (
     Command,
     Done,
+    Evaluate,
     Event,
     Export,
     Failed,
@@ -64,6 +65,7 @@ from miles.trainer.commands import (
     receive,
     send,
 )
+from miles.trainer.heldout import LossSums
 from miles.trainer.schedule import Schedule
 from miles.weights.shared_memory import anonymous_file, views
 
@@ -237,6 +239,9 @@ class RankGroup:
                 hook.stats.rollout.merge(counts[hook.point.name])
         self.steps_done += report.steps
         return report
+
+    def evaluate_shards(self, sets: Mapping[str, Sequence[TrainBatch]]) -> dict[str, LossSums]:
+        return self._all(Evaluate(sets))[0]
 
     def update_weights(self) -> int:
         """The engine does not step while its memory is written."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from miles.batch import TrainBatch
 from miles.trainer.actor import TrainReport
+from miles.trainer.heldout import LossSums
 
 
 class Trainer(Protocol):
@@ -18,6 +19,9 @@ class Trainer(Protocol):
 
     def train_shards(self, rollout_id: int, shards: Sequence[TrainBatch], global_batch_size: int) -> TrainReport:
         """Train on a rollout, one shard per data-parallel rank."""
+
+    def evaluate_shards(self, sets: Mapping[str, Sequence[TrainBatch]]) -> dict[str, LossSums]:
+        """The loss of each evaluation set, given as one shard per data-parallel rank."""
 
     def update_weights(self) -> int:
         """Hand the weights to the engines under the next version number, which is returned."""

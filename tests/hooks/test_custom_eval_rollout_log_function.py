@@ -38,7 +38,7 @@ def test_the_published_call(stage: MakeStage) -> None:
     assert rollout_id == 2 and args is s.args and data == DATA and extra == {"mine/rate": 0.5}
     assert kwargs == {} and thread is threading.current_thread()
     assert "eval/held" not in s.metrics(), "true: nothing is logged in its place"
-    assert report is not None and report.accuracy == {"held": 0.5}, "the run itself still knows the result"
+    assert report is not None and report.scores == {"held": 0.5}, "the run itself still knows the result"
 
 
 @pytest.mark.parametrize(("value", "logs"), [(True, False), ("yes", False), (None, True), (False, True)])

@@ -107,7 +107,7 @@ def test_it_scores_evaluations(stage: MakeStage, tmp_path: Path) -> None:
         return 0.5
 
     report = stage(*Stage.evaluating(tmp_path, 2), custom_rm=score).evaluate()
-    assert prompts == ["20+1=?", "21+1=?"] and report is not None and report.accuracy == {"held": 0.5}
+    assert prompts == ["20+1=?", "21+1=?"] and report is not None and report.scores == {"held": 0.5}
 
 
 def test_it_precedes_rm_type_and_metadata(stage: MakeStage) -> None:

@@ -46,7 +46,7 @@ def test_the_published_call(stage: MakeStage) -> None:
     ((args, kwargs, thread),) = seen
     assert args[0] is s.args and args[1] == 1 and args[2] is s.manager.data_source and len(args) == 3
     assert kwargs == {"evaluation": True} and thread is threading.current_thread()
-    assert report is not None and report.accuracy == {"held": 0.5}
+    assert report is not None and report.scores == {"held": 0.5}
     logged = s.metrics()
     assert logged["eval/held"] == 0.5 and logged["mine/rate"] == 0.5
 
@@ -61,7 +61,7 @@ def test_the_guides_form_is_awaited_on_the_event_loop(stage: MakeStage) -> None:
 
     s = stage(eval_function=evaluate)
     report = s.evaluate()
-    assert report is not None and report.accuracy == {"held": 1.0}, "a raw value counts as the data"
+    assert report is not None and report.scores == {"held": 1.0}, "a raw value counts as the data"
     assert s.hooks.eval_function.form == "no-data-source" and threads == [get_async_loop().thread]
 
 
@@ -95,7 +95,7 @@ def test_the_built_in_one_scores_every_prompt_with_evaluation_true(stage: MakeSt
         return answered(sample.index, reward=0.5)
 
     report = stage(*Stage.evaluating(tmp_path, 3), custom_generate_function=generate).evaluate()
-    assert kinds == [True, True, True] and report is not None and report.accuracy == {"held": 0.5}
+    assert kinds == [True, True, True] and report is not None and report.scores == {"held": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_what_cannot_be_logged(returned: Any, kind: str, says: str, stage: MakeS
 def test_an_evaluation_without_rewards_is_no_accident_of_arithmetic(stage: MakeStage) -> None:
     s = stage(eval_function=lambda args, rollout_id, data_source, evaluation: {"held": {"rewards": []}})
     report = s.evaluate()
-    assert report is not None and "held" not in report.accuracy
+    assert report is not None and "held" not in report.scores
 
 
 def test_it_may_differ_from_the_rollout_function() -> None:

@@ -99,7 +99,7 @@ def once(point: str, s: Stage, rollout_id: int) -> Any:
     if point in EVALUATES:
         report = s.evaluate(rollout_id + 1)
         assert report is not None
-        return report.accuracy
+        return report.scores
     if point == "buffer_filter":
         first = 100 * rollout_id
         s.manager.data_source.add_samples([[answered(first + i, group_index=first, reward=1.0 * i) for i in range(2)]])

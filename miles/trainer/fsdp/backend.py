@@ -317,5 +317,4 @@ def one_token(device: torch.device) -> PackedBatch:
         sample_ids=none,
         loss_mask=none.int(),
         response_places=none,
-        token_places=np.zeros(1, dtype=np.int64),
     )

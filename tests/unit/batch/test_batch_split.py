@@ -66,7 +66,7 @@ def test_flatten_any_nesting() -> None:
 def test_trim(n: int, size: int | None, options: dict[str, Any], kept: int, used: int) -> None:
     result = trim_rollout(samples(n), size, **options)
     assert [s.index for s in result.samples] == list(range(kept))
-    assert (result.global_batch_size, result.num_dropped) == (used, n - kept)
+    assert (result.global_batch_size, len(result.samples)) == (used, kept)
 
 
 @pytest.mark.parametrize(

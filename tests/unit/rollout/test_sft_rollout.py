@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import json
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from examples.quickstart import carry, make_tokenizer
-from miles.errors import FlagError
+from miles.config import parse
+from miles.errors import FlagError, UsageError
+from miles.hooks.values import BadReturn, evaluation_data
 from miles.rollout import sft_rollout
-from miles.types import Group, Sample
+from miles.rollout.singleton import SingletonMeta
+from miles.types import Group, RolloutFnEvalOutput, Sample
+
+BASE = Path(carry.__file__).parent / "base"
 
 
 class Prompts:
@@ -84,18 +91,62 @@ def test_another_model_gets_its_own_tokenizer(args: Namespace, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("change", "source", "evaluation", "said"),
+    ("change", "source", "said"),
     [
-        ({}, Prompts(talk("1", "2"), size=2), False, "--n-samples-per-prompt: expected 1 for the SFT rollout, got 2"),
-        ({}, Prompts("1+1=?"), False, "--input-key: expected a list of messages"),
-        ({}, Prompts(), True, "--eval-interval"),
-        ({"rollout_global_dataset": False}, Prompts(), False, "--disable-rollout-global-dataset"),
+        ({}, Prompts(talk("1", "2"), size=2), "--n-samples-per-prompt: expected 1 for the SFT rollout, got 2"),
+        ({}, Prompts("1+1=?"), "--input-key: expected a list of messages"),
+        ({"rollout_global_dataset": False}, Prompts(), "--disable-rollout-global-dataset"),
     ],
 )
-def test_settings_that_do_not_go_with_it(
-    args: Namespace, change: dict[str, Any], source: Prompts, evaluation: bool, said: str
-) -> None:
+def test_settings_that_do_not_go_with_it(args: Namespace, change: dict[str, Any], source: Prompts, said: str) -> None:
     vars(args).update(change)
     with pytest.raises(FlagError) as caught:
-        sft_rollout.generate_rollout(args, 0, source, evaluation=evaluation)
+        sft_rollout.generate_rollout(args, 0, source)
     assert said in str(caught.value)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluating(tmp_path: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """`evaluating(conversation, ...)`: what an evaluation on a file of them returns."""
+
+    def call(*conversations: Any) -> dict[str, Any]:
+        SingletonMeta.clear_all_instances()
+        file = tmp_path / "held.jsonl"
+        file.write_text("".join(json.dumps({"messages": c}) + "\n" for c in conversations))
+        _config, parsed = parse(
+            [
+                *("--hf-checkpoint", str(BASE), "--prompt-data", str(file), "--input-key", "messages"),
+                *("--eval-prompt-data", "held", str(file), "--eval-interval", "1", "--loss-type", "sft_loss"),
+                *("--rollout-function-path", "miles.rollout.sft_rollout.generate_rollout", "--num-rollout", "1"),
+                *("--loss-mask-type", "template", "--debug-train-only", "--train-backend", "fsdp"),
+                *("--rollout-batch-size", "1", "--global-batch-size", "1", "--n-samples-per-prompt", "1"),
+            ]
+        )
+        output = sft_rollout.generate_rollout(parsed, 0, Prompts(), evaluation=True)
+        assert isinstance(output, RolloutFnEvalOutput)
+        return output.data
+
+    yield call
+    SingletonMeta.clear_all_instances()
+
+
+def test_an_evaluation_is_every_conversation_of_every_set(evaluating: Callable[..., dict[str, Any]]) -> None:
+    data = evaluating(talk("1+1=?", "2"), talk("1?", "2", "3?", "45"))
+    assert data.keys() == {"held"} and data["held"].keys() == {"conversations"}
+    got = [(s.index, s.response_length, s.loss_mask) for s in data["held"]["conversations"]]
+    assert got == [(0, 2, [1, 1]), (1, 7, [1, 1, 0, 0, 1, 1, 1])]
+    evaluation_data(data)
+
+
+def test_a_conversation_without_a_second_token_is_named(evaluating: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(UsageError, match="conversation 1 has 1 tokens, expected at least 2"):
+        evaluating(talk("1", "2"), [{"role": "user", "content": "1"}])
+
+
+@pytest.mark.parametrize("given", [[], None, "text", [1]])
+def test_conversations_that_are_none(given: Any) -> None:
+    with pytest.raises(BadReturn, match=r"conversations of data set 'held': got .*, expected a list of Samples"):
+        evaluation_data({"held": {"conversations": given}})
