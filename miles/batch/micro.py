@@ -56,7 +56,8 @@ def by_tokens(
     for row in rows[lengths[rows] > max_tokens][:1].tolist():
         raise UsageError(
             f"{name_of(row)} has {lengths[row]} tokens, more than one micro batch may hold: --max-tokens-per-gpu is "
-            f"{max_tokens}. Raise it, or lower --rollout-max-response-len."
+            f"{max_tokens}. Raise it, or keep samples shorter: lower --rollout-max-response-len, or cut the "
+            "conversations."
         )
     if len(rows) < at_least:
         raise UsageError(

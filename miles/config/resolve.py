@@ -428,7 +428,7 @@ def routing_replay(draft: Draft) -> None:
 def training_temperature(draft: Draft) -> None:
     """The trainer divides logits by the temperature."""
     trains = draft["num_rollout"] != 0 and not draft["debug_rollout_only"]
-    if trains and draft["loss_type"] != "sft_loss" and draft["rollout_temperature"] == 0:
+    if (trains or draft["loss_type"] == "sft_loss") and draft["rollout_temperature"] == 0:
         raise FlagError("--rollout-temperature", given=0, expected="a value > 0 for training")
 
 

@@ -359,11 +359,15 @@ class TrainActor:
 
     def evaluate_shards(self, sets: Mapping[str, Sequence[TrainBatch]]) -> dict[str, LossSums]:
         """The loss of each evaluation set, of whose shards (one per data-parallel rank) this rank takes its own."""
-        return {name: self._loss_sums(shards[self.backend.parallel.dp_rank]) for name, shards in sets.items()}
+        rank = self.backend.parallel.dp_rank
+        return {name: self._loss_sums(name, shards[rank]) for name, shards in sets.items()}
 
-    def _loss_sums(self, shard: TrainBatch) -> LossSums:
+    def _loss_sums(self, name: str, shard: TrainBatch) -> LossSums:
         log_probs = torch.zeros(len(shard.loss_masks))
-        micros = self._micro_batches(shard, np.arange(len(shard)), replays=False)
+        try:
+            micros = self._micro_batches(shard, np.arange(len(shard)), replays=False)
+        except UsageError as error:
+            raise UsageError(f"evaluation set {name!r}: {error}") from error
         for micro, values in zip(micros, self.backend.forward_only(micros, self._read_log_probs)):
             log_probs[micro.response_places.cpu()] = values.float()
         return LossSums.from_tensor(self.backend.sum_over_ranks(LossSums.tensor_of(shard, log_probs)))

@@ -6,10 +6,12 @@ is wrong. No engine takes part.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_runs import BASE, metrics, same, saving, train, weights
+from e2e_runs import BASE, QUICKSTART, metrics, miles, same, saving, train, weights
 from safetensors.torch import load_file
 
 BATCHES = Path(__file__).with_name("bad_batches.py")
@@ -55,8 +57,8 @@ SENTENCES = {
     "a long sample": (
         "good",
         ("--max-tokens-per-gpu", 11),
-        "sample 7 has 12 tokens, more than one micro batch may hold: --max-tokens-per-gpu is 11. Raise it, or lower "
-        "--rollout-max-response-len.",
+        "sample 7 has 12 tokens, more than one micro batch may hold: --max-tokens-per-gpu is 11. Raise it, or keep "
+        "samples shorter: lower --rollout-max-response-len, or cut the conversations.",
     ),
 }
 
@@ -93,3 +95,40 @@ def test_nothing_to_train_is_a_step_without_gradient(name: str, tmp_path: Path) 
     before = load_file(BASE / "model.safetensors")
     after = weights(run)
     assert same({name: t.float() for name, t in before.items()}, after)
+
+
+# ---- supervised fine-tuning ----------------------------------------------------------------------------------------
+
+HELD_OUT = {
+    "nothing learned": (
+        [{"role": "user", "content": "1+1=?"}],
+        (),
+        "evaluation set 'held': no token of its 1 conversations is learned, so that they have no loss.",
+    ),
+    "too long": (
+        [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2" * 20}],
+        ("--max-tokens-per-gpu", 16),
+        "evaluation set 'held': sample 0 has 26 tokens, more than one micro batch may hold: --max-tokens-per-gpu is 16",
+    ),
+    "temperature": ([], ("--rollout-temperature", 0), "--rollout-temperature: expected a value > 0 for training"),
+    "no messages": ([], (), "--input-key messages: expected a string or a list of messages"),
+}
+
+
+@pytest.mark.parametrize("case", HELD_OUT)
+def test_held_out_conversations_that_have_no_loss(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], write: Callable[..., Path]
+) -> None:
+    messages, more, says = HELD_OUT[case]
+    good = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}]
+    held, data = (
+        write(json.dumps({"messages": m}) + "\n", name) for m, name in ((messages, "held.jsonl"), (good, "train.jsonl"))
+    )
+    argv = [
+        *("train", "--config", QUICKSTART / "sft.yaml", "--run-dir", tmp_path / "r", "--hf-checkpoint", BASE),
+        *("--prompt-data", data, "--rollout-batch-size", 1, "--global-batch-size", 1, "--num-rollout", 1),
+        *("--eval-prompt-data", "held", held, "--eval-interval", 1, *more),
+    ]
+    assert miles(*argv) == REFUSED
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said

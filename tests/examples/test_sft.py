@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Metrics, Train
 from tool_runs import BASE, TOKENIZER
 from transformers import AutoModelForCausalLM
 
@@ -16,9 +16,11 @@ from examples.sft import conversations
 from miles.rollout.loss_mask import MultiTurnLossMaskGenerator
 
 CONFIG = "examples/sft/sft.yaml"
-HELDOUT = ROOT / "examples" / "sft" / "data" / "heldout.jsonl"
+HELDOUT = Path(conversations.__file__).parent / "data" / "heldout.jsonl"
 FEW = 16  # of the held-out conversations
 ON_FEW = ("--eval-prompt-data", "heldout", f"{HELDOUT}@[:{FEW}]")
+Train = Callable[..., Path]
+Metrics = Callable[[Path, str], list[float]]
 MASKS = MultiTurnLossMaskGenerator(TOKENIZER, "template")
 
 

@@ -119,6 +119,10 @@ REFUSALS = [
     (["--load-debug-rollout-data-subsample", "0.5"], "needs --load-debug-rollout-data."),
     (["--ci-metric-checker-key", "eval/a"], "needs --ci-metric-checker-threshold."),
     (["--rollout-temperature", "0"], "--rollout-temperature: expected a value > 0 for training, got 0."),
+    (
+        ["--rollout-temperature", "0", "--loss-type", "sft_loss"],
+        "--rollout-temperature: expected a value > 0 for training, got 0.",
+    ),
 ]
 
 
@@ -128,7 +132,7 @@ def test_refusals(flags: list[str], sentence: str) -> None:
 
 
 def test_temperature_zero_is_fine_where_nothing_is_trained() -> None:
-    for flags in (["--num-rollout", "0"], ["--debug-rollout-only"], ["--loss-type", "sft_loss"]):
+    for flags in (["--num-rollout", "0"], ["--debug-rollout-only"]):
         assert settings("--rollout-temperature", "0", *flags).rollout.rollout_temperature == 0
 
 
