@@ -47,7 +47,8 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("layouts")
     for tied in (True, False):
-        make_model(folder, tied=tied)
+        for seed in (0, 1):
+            make_model(folder, tied=tied, seed=seed)
     torch.set_num_threads(1)
     keep(save(folder, Ranks.alone()), folder / "saved by 1.pt", 0)
     for size in (2, 4):

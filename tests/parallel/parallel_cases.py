@@ -26,6 +26,7 @@ from miles.hooks import bind
 from miles.observe.tracking import Tracker
 from miles.trainer.actor import TrainActor
 from miles.trainer.backend import StepResult
+from miles.trainer.critic import Critic, critic_optimizer
 from miles.trainer.fsdp.backend import FsdpBackend
 from miles.trainer.fsdp.model import owned_tensors
 from miles.trainer.fsdp.shard import cut_like, holding
@@ -46,6 +47,8 @@ FLAGS = [
 ALL_AT_ONCE = ("--micro-batch-size", "64")
 ONE_BY_ONE = ("--micro-batch-size", "1")
 BOTH = (2, 4)
+# Replaced by the folder of a model with other weights.
+REFERENCE = ("--ref-load", "{reference}")
 FEW_TOKENS = ("--use-dynamic-batch-size", "--max-tokens-per-gpu", "30")
 
 
@@ -87,6 +90,10 @@ CASES: dict[str, Case] = {
     "recomputed": Case(("--gradient-checkpointing", "--recompute-loss-function"), FEW_TOKENS),
     "bfloat16": Case(split=(*FEW_TOKENS, "--fsdp-param-dtype", "bfloat16"), tied=False, bound=0.1),
     "custom loss": Case(("--loss-type", "custom_loss", "--custom-loss-function-path", own("from_logits"))),
+    "kl loss": Case(("--use-kl-loss", "--kl-loss-coef", "0.1", *REFERENCE), FEW_TOKENS, sizes=BOTH),
+    "whitened": Case(("--advantage-estimator", "reinforce_plus_plus_baseline", "--normalize-advantages")),
+    "old actor": Case(("--keep-old-actor",), FEW_TOKENS),
+    "ppo": Case(("--advantage-estimator", "ppo", "--kl-coef", "0.1", "--critic-lr", "1e-2", *REFERENCE), FEW_TOKENS),
     "sft": Case(("--loss-type", "sft_loss", "--disable-compute-advantages-and-returns"), FEW_TOKENS),
 }
 
@@ -132,10 +139,10 @@ class Lines:
     def close(self) -> None: ...
 
 
-def make_model(folder: Path, *, tied: bool) -> str:
-    path = folder / ("tied" if tied else "untied")
+def make_model(folder: Path, *, tied: bool, seed: int = 0) -> str:
+    path = folder / f"{'tied' if tied else 'untied'} {seed}"
     if not path.exists():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = Qwen3Config(
             vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=tied, eos_token_id=1,
@@ -194,12 +201,23 @@ def from_logits(args: Namespace, parallel_state: Any, batch: dict[str, Any], log
 def make_actor(case: Case, folder: Path, ranks: Ranks, trace: Trace) -> tuple[TrainActor, Watched]:
     split = ALL_AT_ONCE if ranks.size == 1 else case.split
     folders = ("--hf-checkpoint", make_model(folder, tied=case.tied), "--actor-num-gpus-per-node", str(ranks.size))
-    config, args = parse([*FLAGS, *folders, *split, *case.flags])
+    flags = [word.format(reference=make_model(folder, tied=case.tied, seed=1)) for word in case.flags]
+    config, args = parse([*FLAGS, *folders, *split, *flags])
     backend = Watched(str(config.rollout.hf_checkpoint), config.train, config.optimizer, ranks, dtype=case.dtype)
     backend.gradients = trace.gradients
     backend.use_schedule(schedule_of(config.optimizer, STEPS))
-    tracker = Tracker(sinks=[Lines(trace)])
-    return TrainActor(backend, config, args, bind(args), tracker, transport=None, on_step=lambda: None), backend
+    tracker, hooks = Tracker(sinks=[Lines(trace)]), bind(args)
+    critic = None
+    if config.algorithm.use_critic:
+        own = critic_optimizer(config.optimizer)
+        values = FsdpBackend(
+            str(config.rollout.hf_checkpoint), config.train, own, ranks, dtype=case.dtype, role="critic", seed=5
+        )
+        critic = Critic(values, config, args, hooks, tracker)
+    actor = TrainActor(
+        backend, config, args, hooks, tracker, transport=None, on_step=lambda: None, critic=critic
+    )
+    return actor, backend
 
 
 def run(case: Case, folder: Path, ranks: Ranks) -> Trace:
