@@ -15,8 +15,10 @@ SumOverRanks = Callable[[Tensor], Tensor]
 """A tensor to its sum over all data- and context-parallel ranks; the identity in one process."""
 
 
-def whiten(values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks, *, shift_mean: bool = True) -> Tensor:
-    """(x - mean) / sqrt(variance + 1e-8) for `values` [R], with the statistics of the tokens whose `mask` is not 0.
+def whiten(
+    values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks, *, shift_mean: bool = True, epsilon: float = EPSILON
+) -> Tensor:
+    """(x - mean) / sqrt(variance + epsilon) for `values` [R], with the statistics of the tokens whose `mask` is not 0.
 
     The variance is Bessel-corrected and computed in a second pass, in float64. Masked tokens are transformed like the
     others: they reach no loss. Without `shift_mean` the mean is put back. Raises UsageError where no rank has a trained
@@ -33,5 +35,5 @@ def whiten(values: Tensor, mask: Tensor, sum_over_ranks: SumOverRanks, *, shift_
     mean = total / count
     squares = sum_over_ranks(torch.where(trained, wide - mean, 0.0).square().sum()[None])[0]
     variance = squares / (count - 1) if count > 1 else squares
-    whitened = (values.double() - mean) * torch.rsqrt(variance + EPSILON)
+    whitened = (values.double() - mean) * torch.rsqrt(variance + epsilon)
     return (whitened if shift_mean else whitened + mean).to(values.dtype)

@@ -1,4 +1,4 @@
-"""Published import path of helpers over `torch.distributed`. The core trains in one process and needs none of them."""
+"""Published import path of helpers over `torch.distributed`. The core has ranks of its own and needs none of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _new_process_group_helper, _world, rendezvous
+
+from miles.errors import UsageError
+from miles.loss.whiten import whiten
 
 __all__ = ["GLOO_GROUP", "distributed_masked_whiten", "get_gloo_group", "init_gloo_group", "init_process_group"]
 
@@ -75,15 +78,13 @@ def distributed_masked_whiten(
 
     The variance is the unbiased one. `shift_mean=False` adds the mean back. ValueError where everything is masked.
     """
-    weights = mask.to(values.dtype)
-    kept = torch.where(mask.bool(), values, torch.zeros_like(values))
-    sums = torch.stack([kept.double().sum(), kept.double().square().sum(), weights.double().sum()])
-    if dist.is_initialized():
-        dist.all_reduce(sums, group=process_group)
-    total, squares, count = sums.tolist()
-    if count == 0:
-        raise ValueError("distributed_masked_whiten: no value is unmasked on any process")
-    mean = total / count
-    variance = max(squares / count - mean * mean, 0.0) * (count / (count - 1) if count > 1 else 1.0)
-    whitened = (values - mean) / (variance + epsilon) ** 0.5
-    return whitened if shift_mean else whitened + mean
+
+    def over_ranks(sums: torch.Tensor) -> torch.Tensor:
+        if dist.is_initialized():
+            dist.all_reduce(sums, group=process_group)
+        return sums
+
+    try:
+        return whiten(values, mask, over_ranks, shift_mean=shift_mean, epsilon=epsilon)
+    except UsageError as error:
+        raise ValueError("distributed_masked_whiten: no value is unmasked on any process") from error

@@ -17,6 +17,7 @@ from torch import Tensor
 from miles.loss.kl import compute_approx_kl
 from miles.loss.logprobs import log_probs_from_logits
 from miles.loss.policy import compute_policy_loss
+from miles.loss.scan import discounted_sums
 
 __all__ = [
     "calculate_log_probs_and_entropy",
@@ -138,7 +139,7 @@ def get_reinforce_plus_plus_returns(
         assert mask.sum() > 0, "a sample has no unmasked token that could carry its reward"
         token_rewards = -kl_coef * row
         token_rewards[int(mask.nonzero()[-1])] += reward
-        returns.append(discounted(token_rewards, gamma))
+        returns.append(discounted_sums(token_rewards, [len(token_rewards)], gamma))
     return returns
 
 
@@ -202,36 +203,17 @@ def vanilla_gae(rewards: Tensor, values: Tensor, gamma: float, lambd: float) -> 
 def chunked_gae(
     rewards: Tensor, values: Tensor, gamma: float, lambd: float, chunk_size: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """As `vanilla_gae`, `chunk_size` steps at a time: inside a chunk the recursion is one product with the triangular
-    matrix of powers of gamma lambd, between chunks it goes on from the chunk that follows."""
-    advantages = torch.zeros_like(rewards)
+    """As `vanilla_gae`, `chunk_size` steps at a time (`miles.loss.scan`)."""
     deltas = temporal_differences(rewards, values, gamma)
-    later = torch.zeros_like(rewards[:, :1])
-    for start in reversed(range(0, rewards.shape[1], chunk_size)):
-        chunk = deltas[:, start : start + chunk_size]
-        n = chunk.shape[1]
-        steps = torch.arange(n, device=rewards.device)
-        distance = (steps[:, None] - steps[None, :]).to(rewards.dtype)
-        powers = torch.where(distance >= 0, (gamma * lambd) ** distance.clamp(min=0), 0.0)  # [from, to]
-        carried = (gamma * lambd) ** (n - steps).to(rewards.dtype)
-        advantages[:, start : start + n] = chunk @ powers + later * carried
-        later = advantages[:, start : start + 1]
+    lengths = [rewards.shape[1]] * rewards.shape[0]
+    flat = discounted_sums(deltas.flatten(), lengths, gamma * lambd, chunk=chunk_size)
+    advantages = flat.view_as(rewards)
     return advantages, advantages + values
 
 
 def temporal_differences(rewards: Tensor, values: Tensor, gamma: float) -> Tensor:
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
     return rewards + gamma * following - values
-
-
-def discounted(rewards: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1}: [R] -> [R]."""
-    result = torch.zeros_like(rewards)
-    later = rewards.new_zeros(())
-    for t in reversed(range(rewards.shape[0])):
-        later = rewards[t] + gamma * later
-        result[t] = later
-    return result
 
 
 # ---- what is not here ------------------------------------------------------------------------------------------------
