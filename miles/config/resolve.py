@@ -242,6 +242,8 @@ def trainer_processes(draft: Draft) -> None:
     world, gpus = draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"], local_gpus()
     if draft["debug_rollout_only"]:
         return
+    if draft["true_on_policy_mode"] and draft["fsdp_param_dtype"] != "float32":
+        raise FlagError("--true-on-policy-mode", given="needs --fsdp-param-dtype float32, as the engine has it.")
     if draft["fsdp_cpu_offload"] and not gpus:
         draft.notices.append("--fsdp-cpu-offload: no meaning here, without a GPU everything is in main memory.")
     if world == 1:

@@ -153,6 +153,8 @@ class TrainActor:
                 "or leave out --disable-rollout-trim-samples."
             )
         self._notices = []
+        if self.older is not None:
+            self.older.begin_training()
         for name in ("log_probs", "actor_train"):
             self.timers.add(name, 0.0)  # reported also where nothing of the kind was needed
         self.timers.add("data_preprocess", time.perf_counter() - begin)
@@ -431,15 +433,19 @@ class TrainActor:
         self, rollout_id: int, step_id: int, shard: TrainBatch, rows: IntArray, what: str, bad: list[int]
     ) -> None:
         """Keep this rank's rows of a step whose loss or gradient is not finite (`bad`: those of its micro-batches with
-        such a loss), and say so: as an error under `--nan-policy stop`."""
+        such a loss), and say so: as an error under `--nan-policy stop`. Every rank calls this, and returns or raises
+        when all have kept theirs: the first that fails ends the others."""
         rank = self.backend.parallel.dp_rank
         name = f"{self.prefix}step_{rollout_id}_{step_id}_rank{rank}.pt"
         file = Path(str(self.config.run.run_dir)) / "failures" / name
         keep_step(file, rollout_id, rank, shard.select(rows))
-        whose = f" for a micro-batch with {listed([shard.name_of(row) for row in bad])}" if bad else ""
+        ranks = self.backend.gather_over_ranks({shard.name_of(row): 1.0 for row in bad})
+        names = [name for of_rank in ranks for name in of_rank]
+        whose = f" for a micro-batch with {listed(names)}" if names else ""
         step = f"{self.prefix.rstrip('-') or 'optimizer'} step {step_id}"
         where = f"rollout {rollout_id}, {step}: the {what} is not finite{whose}."
-        kept = f"Its samples are in {file}; --load-debug-rollout-data with that file trains on them again."
+        others = "" if len(ranks) == 1 else f", those of other ranks in {name.removesuffix(f'{rank}.pt')}*.pt beside it"
+        kept = f"Its samples are in {file}{others}; --load-debug-rollout-data with that file trains on them again."
         if self.config.run.nan_policy == "stop":
             raise StepError(f"--nan-policy stop: {where} {kept}")
         self._notices.append(f"{where} The step is skipped (--nan-policy skip). {kept}")

@@ -88,6 +88,7 @@ class RoutingShape:
     top_k: int
     num_experts: int
 
+
 Snapshot = Mapping[str, Tensor]
 """This process's share of a set of weights, by name: a reference model's, an older policy's. Never the tensors in
 training."""
@@ -148,6 +149,7 @@ class Backend(Protocol):
 
     def finish_saving(self) -> None:
         """Wait for what `save` writes in the background. Raises what went wrong with it."""
+
     def snapshot(self) -> Snapshot:
         """A copy of the weights as they are."""
 
@@ -161,7 +163,6 @@ class Backend(Protocol):
 
     def write_snapshot(self, snapshot: Snapshot, folder: Path) -> None:
         """Under `folder`, which exists and is empty."""
-
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
         """The inverse of `save`; CheckpointError where it does not fit this model."""

@@ -59,17 +59,23 @@ class OlderPolicies:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self.old = self.served = backend.snapshot()
+        self._updated = False  # since the last rollout's training
+
+    def begin_training(self) -> None:
+        """The weights are about to become others than those that are served."""
+        self._updated = False
 
     def advance(self) -> None:
         """The engines are about to serve the weights as they are now."""
-        self.old, self.served = self.served, self.backend.snapshot()
+        self.old, self.served, self._updated = self.served, self.backend.snapshot(), True
 
     def in_use(self) -> AbstractContextManager[None]:
         return self.backend.using(self.old)
 
     def save(self, folder: Path) -> None:
+        """A resumed run begins with an update. Where the last one has been made already, it is left for that one."""
         write(self.backend, self.old, folder / "old_actor")
-        write(self.backend, self.served, folder / "served_actor")
+        write(self.backend, self.old if self._updated else self.served, folder / "served_actor")
 
     def restore(self, folder: Path) -> None:
         """From a checkpoint that has none, the weights as they are: the policy that is trained."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -41,6 +42,13 @@ def fails_on_rank_1(args: Namespace, rollout_id: int, rollout_data: dict[str, An
 
 def fails(args: Namespace, rollout_id: int, rollout_data: dict[str, Any]) -> None:
     raise ZeroDivisionError("everybody divides")
+
+
+def breaks_on_rank_1(args: Namespace, rollout_id: int, rollout_data: dict[str, Any]) -> None:
+    """Advantages of rank 1 that are not finite."""
+    if args.rank == 1:
+        for row in rollout_data["advantages"]:
+            row += math.nan
 
 
 def killed_on_rank_1(args: Namespace, rollout_id: int, rollout_data: dict[str, Any]) -> None:

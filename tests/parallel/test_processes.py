@@ -38,6 +38,11 @@ def settings(*flags: str) -> list[str]:
         (["--actor-num-gpus-per-node", "2", "--distributed-backend", "mpi"], 2, "expected nccl or gloo"),
         (["--fsdp-param-dtype", "bfloat16"], 0, "needs several trainer processes"),
         (["--fsdp-cpu-offload"], 1, "needs several trainer processes"),
+        (
+            ["--true-on-policy-mode", "--fsdp-param-dtype", "bfloat16", "--actor-num-gpus-per-node", "2"],
+            0,
+            "--true-on-policy-mode: needs --fsdp-param-dtype float32",
+        ),
     ],
 )
 def test_what_cannot_be_done(flags: list[str], gpus: int, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,33 @@ def test_a_rank_that_is_killed_is_named_with_its_last_words(tmp_path: Path, capf
     assert ranks_left() == []
 
 
+def test_a_loss_that_is_not_finite_on_one_rank_is_told_and_kept_by_all(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    two = ("breaks_on_rank_1", "--actor-num-gpus-per-node", 2, "--nan-policy", "stop")
+    assert train(tmp_path / "run", *two) == 1
+    text = capfd.readouterr().err
+    assert "the loss is not finite for a micro-batch with sample " in text and "step_0_0_rank*.pt beside it" in text
+    files = sorted(path.name for path in (tmp_path / "run" / "failures").iterdir())
+    assert files == ["step_0_0_rank0.pt", "step_0_0_rank1.pt"]
+
+
+def test_an_actor_that_has_not_stepped_yet_goes_on(tmp_path: Path) -> None:
+    """PPO whose actor rests: its optimizer holds nothing, in any number of processes."""
+    save = tmp_path / "ck"
+    ppo = ("counter", "--advantage-estimator", "ppo", "--num-critic-only-steps", 1)
+    two = ("--actor-num-gpus-per-node", 2, "--save", save, "--async-save")
+    assert train(tmp_path / "run", *ppo, *two, "--num-rollout", 1) == 0
+    assert train(tmp_path / "run", *ppo, *two, "--num-rollout", 2, "--load", save) == 0
+    assert train(tmp_path / "one", *ppo, "--num-rollout", 2) == 0
+    got, want = (
+        [line for line in lines(tmp_path / name, first=1) if "train/rollouts_seen" not in line]
+        for name in ("run", "one")
+    )
+    assert any("train/critic-value_loss" in line for line in want) and any("train/loss" in line for line in want)
+    assert_alike(got, want)
+
+
 # ---- a driver of its own ---------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,8 @@ from miles.config.flags import (
 
 ONE_MACHINE = "Training on several machines"
 ONE_ENGINE = "More than one engine, or an engine on several devices,"
-SHARED_PROCESS = "trainer and engine share one process, and the engine reads the trainer's weights in place."
+SHARED_PROCESS = "the engine is a part of the run's process, and nothing is offloaded."
+BESIDE_ACTOR = "the critic is trained in the actor's processes."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +87,13 @@ class ClusterConfig(Section):
         common=True,
     )
     critic_num_nodes: int | None = flag(
-        None, "Nodes of the critic; as the actor when unset.", check=at_least(1), status=not_built("The critic")
+        None, "Nodes of the critic; as the actor when unset.", check=at_least(1), status=no_meaning_here(BESIDE_ACTOR)
     )
     critic_num_gpus_per_node: int | None = flag(
-        None, "GPUs per node of the critic; as the actor when unset.", check=at_least(1), status=not_built("The critic")
+        None,
+        "GPUs per node of the critic; as the actor when unset.",
+        check=at_least(1),
+        status=no_meaning_here(BESIDE_ACTOR),
     )
     rollout_num_gpus: int | None = flag(
         None, "GPUs of all engines together.", check=at_least(0), status=not_built(ONE_ENGINE, when=above(1))

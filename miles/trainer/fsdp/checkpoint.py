@@ -84,8 +84,9 @@ def write_parts(folder: Path, parts: Parts, ranks: Ranks, group: Any = None) -> 
 def write(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, group: Any = None) -> None:
     """Every rank calls this. `folder` must not exist yet."""
     folder.mkdir(exist_ok=ranks.size > 1)
-    if ranks.mesh is None:
-        save_file(contiguous(tensors), plain_file(folder))
+    if ranks.mesh is None or not tensors:  # of nothing (moments before the first step) there is nothing to cut
+        if ranks.rank == 0:
+            save_file(contiguous(tensors), plain_file(folder))
         return
     from torch.distributed import checkpoint as dcp
 

@@ -86,6 +86,7 @@ def test_everything_that_is_not_built_is_named_at_once() -> None:
 
 
 NO_MEANING = [["--colocate"], ["--offload"], ["--balance-data"], ["--distributed-backend", "mpi"], ["--gamma", "0.9"]]
+NO_MEANING += [["--critic-num-nodes", "1"], ["--critic-num-gpus-per-node", "2"]]
 
 
 @pytest.mark.parametrize("flags", NO_MEANING, ids=" ".join)

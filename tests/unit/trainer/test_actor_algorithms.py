@@ -299,6 +299,25 @@ def test_the_old_actor_is_one_update_older_than_what_is_served(folders: tuple[Pa
     assert not torch.equal(third.response_columns["log_probs"], second.response_columns["log_probs"])
 
 
+def test_an_old_actor_that_is_saved_after_the_update_goes_on(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """A run that is stopped saves when the engines have the weights already; it resumes with an update all the same."""
+    straight, _ = build(folders[0], tmp_path, "--keep-old-actor")
+    straight.update_weights()
+    straight.train(0, make_rollout().batch(), SAMPLES_PER_STEP)
+    straight.update_weights()
+    (tmp_path / "actor").mkdir()
+    straight.save(tmp_path / "actor", with_optimizer=True)
+    resumed, _ = build(folders[0], tmp_path, "--keep-old-actor")
+    resumed.restore(tmp_path / "actor", weight_version=1, steps_done=3)
+    resumed.update_weights()
+    for number in (1, 2):
+        batches = make_rollout().batch(), make_rollout().batch()
+        for actor, batch in zip((straight, resumed), batches):
+            actor.train(number, batch, SAMPLES_PER_STEP)
+            actor.update_weights()
+        assert torch.equal(batches[0].response_columns["log_probs"], batches[1].response_columns["log_probs"])
+
+
 RESUMED = {
     "ppo with a moving reference": (*PPO, "--kl-coef", "0.1", "--ref-load", "REF", "--ref-update-interval", "1"),
     "old actor": ("--keep-old-actor",),
