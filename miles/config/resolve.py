@@ -237,13 +237,24 @@ def batch_size(draft: Draft) -> None:
     draft.fill("global_batch_size", size)
 
 
+def true_on_policy(draft: Draft, gpus: int) -> None:
+    """Sums that are exact: in float32, on a CPU, in the built-in losses."""
+    flag = "--true-on-policy-mode"
+    if gpus:
+        raise FlagError(flag, given="works on a CPU, and this machine has a GPU. Hide it: CUDA_VISIBLE_DEVICES= ...")
+    if draft["fsdp_param_dtype"] != "float32":
+        raise FlagError(flag, given="needs --fsdp-param-dtype float32, as the engine has it.")
+    if draft["loss_type"] == "custom_loss":
+        draft.notices.append(f"{flag}: a custom loss gets ordinary logits; its own log-probs are not exact.")
+
+
 def trainer_processes(draft: Draft) -> None:
     """Whether as many processes as are asked for can run here, and can share an optimizer step equally."""
     world, gpus = draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"], local_gpus()
     if draft["debug_rollout_only"]:
         return
-    if draft["true_on_policy_mode"] and draft["fsdp_param_dtype"] != "float32":
-        raise FlagError("--true-on-policy-mode", given="needs --fsdp-param-dtype float32, as the engine has it.")
+    if draft["true_on_policy_mode"]:
+        true_on_policy(draft, gpus)
     if draft["fsdp_cpu_offload"] and not gpus:
         draft.notices.append("--fsdp-cpu-offload: no meaning here, without a GPU everything is in main memory.")
     if world == 1:

@@ -116,6 +116,11 @@ def critic_folder(settings: CheckpointConfig, checkpoint: Checkpoint | None) -> 
             )
         return inside
     found = find(given, settings.critic_save)
+    if found is None and checkpoint is not None:
+        raise CheckpointError(
+            f"--critic-load {given}: no critic there for the actor that resumes from {checkpoint.folder}. Give the "
+            "folder that --critic-save wrote, or start from --hf-checkpoint without --load."
+        )
     if found is None:
         return None
     folder = found.folder if checkpoint is None else Path(given) / checkpoint.folder.name

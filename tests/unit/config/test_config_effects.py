@@ -193,3 +193,11 @@ def test_the_critic_belongs_to_ppo() -> None:
 
     assert AlgorithmConfig(advantage_estimator="ppo").use_critic
     assert not AlgorithmConfig().use_critic
+
+
+def test_true_on_policy_is_for_built_in_losses_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    custom = ["--true-on-policy-mode", "--loss-type", "custom_loss", "--custom-loss-function-path", "my.loss"]
+    notices = settings(*custom).notices
+    assert any("--true-on-policy-mode: a custom loss gets ordinary logits" in notice for notice in notices)
+    monkeypatch.setattr(rules, "local_gpus", lambda: 1)
+    assert "--true-on-policy-mode: works on a CPU" in refusal("--true-on-policy-mode")

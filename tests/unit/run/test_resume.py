@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from miles.config import CheckpointConfig
 from miles.errors import CheckpointError
 from miles.run import resume
 
@@ -109,3 +110,13 @@ def test_random_generators_come_back(tmp_path: Path) -> None:
     resume.seed_everything(99)
     resume.restore_rng(folder)
     assert (random.random(), random.gauss(0, 1), np.random.normal(), torch.randn(2).tolist()) == expected
+
+
+def test_a_critic_that_is_missing_beside_an_actor_that_resumes(tmp_path: Path) -> None:
+    save(tmp_path / "ck", 4)
+    critics = str(tmp_path / "critics")
+    actor = str(tmp_path / "ck")
+    settings = CheckpointConfig(load=actor, save=actor, critic_load=critics, critic_save=critics)
+    assert resume.critic_folder(settings, None) is None  # both start anew
+    with pytest.raises(CheckpointError, match=r"--critic-load .*critics: no critic there for the actor that resumes"):
+        resume.critic_folder(settings, resume.find(settings.load))
