@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,7 @@ from miles.observe.timers import Timer
 from miles.observe.tracking import Tracker
 from miles.trainer.advantages import advantage_inputs
 from miles.trainer.backend import Backend, MicroLoss, ModelOutput
+from miles.trainer.flops import TRAINING, forward_flops
 from miles.trainer.heldout import LossSums
 from miles.trainer.kept import keep_step, listed
 from miles.trainer.report import column_sums, means_of
@@ -135,6 +137,8 @@ class TrainActor:
         self.reference = Reference.of(config, backend)
         self.older = OlderPolicies(backend) if config.rollout.keep_old_actor else None
         self._notices: list[str] = []
+        # Of this rank's passes in this rollout, by timer.
+        self._flops: Counter[str] = Counter()
         # The one of the process, to which plug-ins add as well; read and reset once per rollout.
         self.timers = Timer()
         self.timers.reset()
@@ -318,6 +322,7 @@ class TrainActor:
         if before is not None:
             before(self.args, self.backend.model_chunks, store_prefix)
         micros = self._micro_batches(shard, rows, replays=replays)
+        self._flops[name] += forward_flops(self.backend.hf_config, shard.total_lengths[rows])
         for micro, values in zip(micros, self.backend.forward_only(micros, read)):
             if name not in shard.response_columns:
                 shard.response_columns[name] = torch.full((len(shard.loss_masks),), math.nan, dtype=values.dtype)
@@ -393,6 +398,7 @@ class TrainActor:
             losses.append((micro.rows, result.loss.detach()))
             return result
 
+        self._flops["actor_train"] += TRAINING * forward_flops(self.backend.hf_config, shard.total_lengths[run])
         self.backend.zero_grad()
         before = self.hooks.custom_megatron_before_train_step_hook
         if before is not None:
@@ -573,13 +579,15 @@ class TrainActor:
 
     def _log_rollout(self, rollout_id: int, shard: TrainBatch) -> None:
         """Weight updates and saves count for the rollout that they precede."""
-        seconds = self.timers.log_dict()
+        seconds, flops = self.timers.log_dict(), self._flops
         self.timers.reset()
+        self._flops = Counter()
         ranks = self.backend.gather_over_ranks({**column_sums(shard), TOKENS: float(shard.total_lengths.sum())})
         tokens = sum(values[TOKENS] for values in ranks)
         metrics = {f"rollout/{name}": value for name, value in means_of(ranks).items()}
         metrics |= {
             **timer_metrics(seconds),
+            **{f"perf/{name}_tflops": flops[name] / seconds[name] / 1e12 for name in flops if seconds.get(name)},
             "perf/actor_train_tok_per_s": tokens / seconds["actor_train"] if seconds.get("actor_train") else 0.0,
             "rollout/step": compute_rollout_step(self.args, rollout_id),
         }

@@ -105,6 +105,8 @@ class Backend(Protocol):
     model_chunks: Sequence[torch.nn.Module]
     optimizer: Any
     scheduler: Any
+    # The Hugging Face config of the model.
+    hf_config: Any
     # Whether a forward pass in training mode differs from one in evaluation mode.
     has_dropout: bool
     # None for a dense model. With experts, passes follow `PackedBatch.routed_experts` and report what they took.

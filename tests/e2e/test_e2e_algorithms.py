@@ -115,7 +115,7 @@ def test_kl_loss_and_everything_that_measures(tmp_path: Path) -> None:
     assert kl[8] < kl[7], "the actor of the first rollout is the reference of the second"
     names = {name for line in read_metrics(run) for name in line}
     assert {"train/opsm_clipfrac", "train/ois", "train/tis", "train/tis_clipfrac", "train/tis_abs"} <= names
-    assert {"perf/ref_log_probs_time", "perf/ref_model_update_time"} <= names
+    assert {"perf/ref_log_probs_time", "perf/ref_log_probs_tflops", "perf/ref_model_update_time"} <= names
 
 
 # ---- saving and resuming ---------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class FsdpBackend:
             self.model.to(self.device)
         self._idle = one_token(self.device)
         self._saver = checkpoint.Saver(self.ranks)
-        self.model_chunks = [self.model]
+        self.model_chunks, self.hf_config = [self.model], self.model.config
         self.routers = moe.use_in(self.model)
         if train.true_on_policy_mode:
             exact.use_in(self.model, self.routers)
