@@ -74,10 +74,6 @@ def above(limit: float) -> Callable[[Any], bool]:
     return lambda value: value is not None and value > limit
 
 
-def other_than(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value not in values
-
-
 # ---- checks -------------------------------------------------------------------------------------------------------
 
 

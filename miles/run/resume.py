@@ -116,13 +116,13 @@ def critic_folder(settings: CheckpointConfig, checkpoint: Checkpoint | None) -> 
             )
         return inside
     found = find(given, settings.critic_save)
-    if found is None and checkpoint is not None:
+    if found is None:
+        if checkpoint is None:
+            return None
         raise CheckpointError(
             f"--critic-load {given}: no critic there for the actor that resumes from {checkpoint.folder}. Give the "
             "folder that --critic-save wrote, or start from --hf-checkpoint without --load."
         )
-    if found is None:
-        return None
     folder = found.folder if checkpoint is None else Path(given) / checkpoint.folder.name
     if not folder.is_dir():
         raise CheckpointError(

@@ -18,18 +18,11 @@ from miles.trainer.advantages import teacher_column
 COUNT = ":count"
 
 
-def mean_columns(batch: TrainBatch) -> dict[str, float]:
-    """Column name -> mean over samples; of token columns the mean over each sample's trained tokens first.
-
-    Failed rows and tokens that were never computed (NaN) take no part. Columns without numbers are left out.
+def means_of(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Column name -> mean over the samples of all ranks, from the `column_sums` of each.
 
     Example: `{"response_lengths": 30.2, "total_lengths": 38.2, "rewards": 0.0, "raw_reward": 0.27, "log_probs": -0.3}`
     """
-    return means_of([column_sums(batch)])
-
-
-def means_of(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The means over the shards of all ranks, from the `column_sums` of each."""
     totals: dict[str, float] = {}
     for sums in ranks:
         for name, value in sums.items():
@@ -39,7 +32,10 @@ def means_of(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def column_sums(batch: TrainBatch) -> dict[str, float]:
-    """What `means_of` adds up: per column the sum, and under `<name>:count` over how many samples.
+    """What `means_of` adds up: per column the sum, and under `<name>:count` over how many samples; of token columns the
+    mean over each sample's trained tokens first.
+
+    Failed rows and tokens that were never computed (NaN) take no part. Columns without numbers are left out.
 
     Example: `{"raw_reward": 34.0, "raw_reward:count": 128.0, ...}`
     """

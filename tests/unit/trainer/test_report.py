@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from miles.batch import TrainBatch, from_published_dict
-from miles.trainer.report import mean_columns
+from miles.trainer.report import column_sums, means_of
 
 
 def batch() -> TrainBatch:
@@ -28,7 +28,7 @@ def batch() -> TrainBatch:
 
 
 def test_row_columns() -> None:
-    means = mean_columns(batch())
+    means = means_of([column_sums(batch())])
     assert means["response_lengths"] == 2.0 and means["total_lengths"] == pytest.approx(11 / 3)
     assert means["rewards"] == 0.0 and means["raw_reward"] == 0.5 and means["truncated"] == pytest.approx(1 / 3)
     assert "round_number" not in means
@@ -38,29 +38,29 @@ def test_token_columns_are_means_of_the_samples_means() -> None:
     """Masked tokens take no part, nor does a sample without a trained token."""
     full = batch()
     full.response_columns["log_probs"] = torch.tensor([1.0, 3.0, 5.0, 1000.0, 7.0, 1000.0])
-    assert mean_columns(full)["log_probs"] == pytest.approx((2.0 + 6.0) / 2)
+    assert means_of([column_sums(full)])["log_probs"] == pytest.approx((2.0 + 6.0) / 2)
 
 
 def test_tokens_that_were_not_computed_take_no_part() -> None:
     some = batch()
     some.response_columns["log_probs"] = torch.tensor([1.0, 3.0, *[math.nan] * 4])
-    assert mean_columns(some)["log_probs"] == 2.0
+    assert means_of([column_sums(some)])["log_probs"] == 2.0
     some.response_columns["log_probs"] = torch.full((6,), math.nan)
-    assert "log_probs" not in mean_columns(some)
+    assert "log_probs" not in means_of([column_sums(some)])
 
 
 def test_failed_rows_take_no_part() -> None:
     some = batch()
     some.failed = np.array([False, True, False])
     some.raw_reward = [1.0, None, 0.5]
-    means = mean_columns(some)
+    means = means_of([column_sums(some)])
     assert means["raw_reward"] == 0.75 and means["rewards"] == 0.5 and means["response_lengths"] == 1.5
 
 
 def test_columns_that_are_no_numbers_are_left_out() -> None:
     some = batch()
     some.raw_reward = [{"score": 1.0}, {"score": 0.0}, {"score": 0.5}]
-    means = mean_columns(some)
+    means = means_of([column_sums(some)])
     assert "raw_reward" not in means and "rewards" in means
 
 
@@ -69,4 +69,4 @@ def test_nothing_valid() -> None:
     none.failed = np.ones(3, dtype=bool)
     none.loss_masks = np.zeros(6, dtype=np.int32)
     none.response_columns["log_probs"] = torch.zeros(6)
-    assert mean_columns(none) == {}
+    assert means_of([column_sums(none)]) == {}
