@@ -23,8 +23,8 @@ from miles.batch.pack import PackedBatch
 from miles.config import OptimizerConfig, TrainConfig
 from miles.trainer.backend import LossFn, ModelOutput, Snapshot, StepResult
 from miles.trainer.fsdp import checkpoint, exact, moe
-from miles.trainer.fsdp.attention import Packing
 from miles.trainer.fsdp.model import load_model, on_disk, owned_tensors, stored_tensors, use_value_head
+from miles.trainer.packed_attention import Packing
 from miles.trainer.ranks import Ranks
 from miles.trainer.schedule import ParamScheduler, Schedule
 from miles.weights.gather import gathered

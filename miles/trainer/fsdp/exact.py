@@ -21,7 +21,7 @@ from miles import exact
 from miles.engine.embedded.model import DecoderShape, rope_frequencies
 from miles.trainer.fsdp.attention import packed_attention
 from miles.trainer.fsdp.moe import Arithmetic, Routers
-from miles.trainer.fsdp.norm import RMSNorm
+from miles.trainer.rms_norm import RMSNorm
 
 NAME = "miles_exact"
 

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from miles.batch import from_published_dict, pack
-from miles.trainer.fsdp import attention, norm
-from miles.trainer.fsdp.attention import Packing, packed_attention
+from miles.trainer import packed_attention as attention
+from miles.trainer.fsdp import norm
+from miles.trainer.fsdp.attention import NAME, packed_attention
+from miles.trainer.packed_attention import Packing
 
 LENGTHS = [17, 5, 40, 1]
 
@@ -82,7 +84,7 @@ def test_packed_model_equals_separate_rows(kind: str) -> None:
     packed = cls(copy.deepcopy(config)).eval()
     separate = cls(copy.deepcopy(config)).eval()
     separate.load_state_dict(packed.state_dict())
-    packed.set_attn_implementation(attention.NAME)
+    packed.set_attn_implementation(NAME)
 
     rows = [torch.randint(0, 19, (n,)) for n in LENGTHS]
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
@@ -112,7 +114,7 @@ def test_shared_prompts_give_the_same_states_and_gradients() -> None:
         intermediate_size=48, vocab_size=19, max_position_embeddings=64,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).double()
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(NAME)
     assert norm.use_in(model) == 9  # in double precision throughout, unlike the model's own
 
     def states(share: bool) -> tuple[torch.Tensor, list[torch.Tensor], int]:

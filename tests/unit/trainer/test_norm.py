@@ -3,7 +3,8 @@
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from miles.trainer.fsdp.norm import RMSNorm, use_in
+from miles.trainer.fsdp.norm import use_in
+from miles.trainer.rms_norm import RMSNorm
 
 
 def test_equals_the_module_forward_and_backward() -> None:
