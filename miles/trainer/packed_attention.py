@@ -108,6 +108,19 @@ class _Unpad(torch.autograd.Function):
         return padded.index_copy_(0, to_packed, grad), None
 
 
+def lay_out(x: Tensor, packing: Packing) -> Tensor:
+    """Packed [P, h, d] -> rows [n, h, S, d]."""
+    _, h, d = x.shape
+    laid_out = _Pad.apply(x.reshape(-1, h * d), packing)
+    return laid_out.view(packing.rows, packing.width, h, d).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def take_out(out: Tensor, packing: Packing) -> Tensor:
+    """Rows [n, h, S, d] -> packed [P, h * d]."""
+    flat = out.transpose(1, 2).reshape(packing.rows * packing.width, -1)
+    return _Unpad.apply(flat, packing.to_packed)  # type: ignore[no-any-return]
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -126,20 +139,14 @@ def attend(
     if kernel is None and _fits_flash(query, dropout, sliding_window):
         return _flash_attention(query, key, value, packing, scaling)
 
-    def padded(x: Tensor) -> Tensor:
-        _, h, d = x.shape
-        laid_out = _Pad.apply(x.reshape(-1, h * d), packing)
-        return laid_out.view(packing.rows, packing.width, h, d).transpose(1, 2)
-
-    q, k, v = padded(query), padded(key), padded(value)
+    q, k, v = (lay_out(x, packing) for x in (query, key, value))
     if kernel is not None:
         out = kernel(q, k, v, dropout, scaling, sliding_window)
     elif packing.width <= SHORT_ROWS and q.device.type == "cpu" and dropout == 0.0 and sliding_window is None:
         out = _short_attention(q, k, v, q.shape[-1] ** -0.5 if scaling is None else scaling)
     else:
         out = _fused_attention(q, k, v, dropout, scaling, sliding_window)
-    flat = out.transpose(1, 2).reshape(packing.rows * packing.width, -1)
-    return _Unpad.apply(flat, packing.to_packed)  # type: ignore[no-any-return]
+    return take_out(out, packing)
 
 
 def _fits_flash(query: Tensor, dropout: float, sliding_window: int | None) -> bool:

@@ -31,6 +31,10 @@ class Ranks:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    # Ranks whose samples are summed; None for all. Those outside of it hold the same samples as some inside.
+    sum_group: dist.ProcessGroup | None = None
+    # Who tells `gather` of samples that several ranks hold; None for everybody.
+    speakers: tuple[int, ...] | None = None
 
     @staticmethod
     def alone() -> Ranks:
@@ -80,11 +84,12 @@ class Ranks:
     # ---- what they agree on; every rank must call these in the same order ----------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:
-        """The element-wise sum over ranks, the same bits on all of them; `values` stay as they are."""
+        """The element-wise sum over ranks with samples of their own, the same bits on all of them; `values` stay as they
+        are."""
         if self.mesh is None:
             return values
         total = values.detach().clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.sum_group)
         return total
 
     def largest(self, value: int) -> int:
@@ -95,7 +100,8 @@ class Ranks:
         return int(both)
 
     def gather(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
-        """The named numbers of every rank, in the order of the ranks. They travel as JSON, which keeps every bit."""
+        """The named numbers of every rank that speaks, in the order of ranks. They travel as JSON, which keeps every
+        bit."""
         if self.mesh is None:
             return [values]
         text = torch.frombuffer(bytearray(json.dumps(dict(values)).encode()), dtype=torch.uint8)
@@ -104,4 +110,5 @@ class Ranks:
         padded[: len(text)] = text
         received = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(received, padded)
-        return [json.loads(bytes(row.numpy())) for row in received]
+        speakers = range(self.size) if self.speakers is None else self.speakers
+        return [json.loads(bytes(received[rank].numpy())) for rank in speakers]

@@ -18,7 +18,7 @@ LAYERS = [
     ("miles.types", "miles.errors"),
     ("miles.config", "miles.hooks"),
     ("miles.engine.protocol", "miles.engine.client"),
-    ("miles.batch", "miles.exact", "miles.loss", "miles.rollout"),
+    ("miles.batch", "miles.exact", "miles.loss", "miles.rollout", "miles.rope"),
     ("miles.engine", "miles.router", "miles.weights", "miles.trainer", "miles.observe", "miles.trial"),
     ("miles.run",),
     ("miles.__main__",),

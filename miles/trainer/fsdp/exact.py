@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from miles import exact
-from miles.engine.embedded.model import DecoderShape, rope_frequencies
+from miles.engine.embedded.model import DecoderShape
+from miles.rope import rope_frequencies
 from miles.trainer.fsdp.attention import packed_attention
 from miles.trainer.fsdp.moe import Arithmetic, Routers
 from miles.trainer.rms_norm import RMSNorm

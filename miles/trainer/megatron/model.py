@@ -1,0 +1,162 @@
+"""The model chunks of one rank: Megatron's `GPTModel`, wrapped for mixed precision and data-parallel gradients.
+
+    provider          builds one chunk (pre_process, post_process, vp_stage): ours, or --custom-model-provider-path
+    GPT               GPTModel whose last stage can stop at its hidden states, so that losses project only the positions
+                      that predict a response token
+    chunks            provider -> critic's head -> Float16Module -> DistributedDataParallel, one per virtual stage
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from miles.errors import UsageError
+from miles.trainer.megatron.layers import Rotary, spec
+
+# Standard deviation of a new critic's projection.
+VALUE_HEAD_STD = 0.02
+
+Role = Literal["actor", "critic"]
+Provider = Callable[..., torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`padded` is a multiple of the tensor-parallel size; rows from `size` on belong to no token."""
+
+    size: int
+    padded: int
+
+    @staticmethod
+    def of(size: int, *, tensor: int, divisible_by: int = 1, padded: int | None = None) -> Vocabulary:
+        """UsageError where an explicit `padded` (`--padded-vocab-size`) is too small or cannot be cut."""
+        if padded is None:
+            multiple = divisible_by * tensor
+            return Vocabulary(size, -(-size // multiple) * multiple)
+        if padded < size or padded % tensor:
+            raise UsageError(
+                f"--padded-vocab-size {padded}: expected at least {size}, the vocabulary of --hf-checkpoint, and a "
+                f"multiple of --tensor-model-parallel-size {tensor}."
+            )
+        return Vocabulary(size, padded)
+
+
+class GPT(GPTModel):  # type: ignore[misc]
+    """`gives_hidden` [S, B, D] in place of logits, on the last stage."""
+
+    gives_hidden = False
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.post_process and self.gives_hidden:
+            return hidden_states
+        logits: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
+        return logits
+
+
+class ValueHead(torch.nn.Linear):
+    """A critic's projection [D] -> [1], the same on every tensor-parallel rank; weights from N(0, 0.02), bias 0."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        super().__init__(hidden_size, 1, dtype=dtype, device=device)
+        weight = torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            self.weight.copy_(weight * VALUE_HEAD_STD)
+            self.bias.zero_()
+
+    def forward(self, hidden: Tensor, weight: Any = None, runtime_gather_output: Any = None) -> tuple[Tensor, None]:
+        """[S, B, D] -> ([S, B, 1], None), as Megatron's output layers are called."""
+        return super().forward(hidden), None
+
+
+def own_provider(config: TransformerConfig, hf_config: Any, vocabulary: Vocabulary) -> Provider:
+    """Builds `GPT` chunks of the architecture of `config`, with the rotary positions of the Hugging Face config."""
+
+    def provide(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPT:
+        model = GPT(
+            config=config,
+            transformer_layer_spec=spec(config, vp_stage),
+            vocab_size=vocabulary.padded,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=bool(hf_config.tie_word_embeddings),
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        model.rotary_pos_emb = Rotary(hf_config, config.kv_channels)
+        return model
+
+    return provide
+
+
+def call_provider(provider: Provider, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> Any:
+    """One chunk. `vp_stage` is given to providers that name it, as published."""
+    named = "vp_stage" in inspect.signature(provider).parameters
+    stage = {"vp_stage": vp_stage} if named else {}
+    return provider(pre_process=pre_process, post_process=post_process, **stage)
+
+
+def chunks(
+    config: TransformerConfig,
+    provider: Provider,
+    *,
+    role: Role,
+    seed: int,
+    device: torch.device,
+    tied: bool,
+) -> list[Any]:
+    """One module per virtual stage, on `device`; not wrapped yet (`wrapped`)."""
+    made = []
+    stages: Sequence[int | None] = (
+        [None]
+        if config.virtual_pipeline_model_parallel_size is None
+        else range(config.virtual_pipeline_model_parallel_size)
+    )
+    for stage in stages:
+        first = mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
+        last = mpu.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
+        model = call_provider(provider, pre_process=first, post_process=last, vp_stage=stage)
+        model.model_type = ModelType.encoder_or_decoder
+        model.vp_stage = stage
+        if role == "critic" and last:
+            model.output_layer = ValueHead(config.hidden_size, config.params_dtype, device, seed)
+            model.share_embeddings_and_output_weights = False
+        for parameter in model.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        made.append(model.to(device))
+    return made
+
+
+def wrapped(models: list[Any], config: TransformerConfig, ddp: DistributedDataParallelConfig, role: Role) -> list[Any]:
+    """The same for training: parameters in half precision where the config says so, gradients in one buffer."""
+    if config.bf16 or config.fp16:
+        models = [Float16Module(config, model) for model in models]
+    made = []
+    for position, model in enumerate(models):
+        chunk = DistributedDataParallel(
+            config=config, ddp_config=ddp, module=model, disable_bucketing=position > 0 or not ddp.overlap_grad_reduce
+        )
+        chunk.role = role
+        made.append(chunk)
+    return made
+
+
+def unwrapped(chunk: Any) -> Any:
+    """The module inside of `wrapped`'s wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
