@@ -1,0 +1,17 @@
+"""Weights between Hugging Face folders and Megatron-Core models.
+
+    rules.py      one kind of parameter as data: names, joins, cuts -> ranges that both directions copy
+    families/     one table per architecture
+    layout.py     the rules over a whole model: which rank holds what
+    folder.py     config.json and slices of *.safetensors
+    load.py       folder -> local parameters
+
+`rules` and `families` import no Megatron; nothing here imports the backend.
+"""
+
+from __future__ import annotations
+
+from miles.trainer.megatron.convert.layout import local_parameters
+from miles.trainer.megatron.convert.load import load_hf, read_hf
+
+__all__ = ["load_hf", "local_parameters", "read_hf"]
