@@ -111,6 +111,26 @@ def pack(
     )
 
 
+def one_token(device: torch.device | str) -> PackedBatch:
+    """The smallest micro batch there is: one row of one token, which no loss ever sees."""
+    zero, none = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    return PackedBatch(
+        rows=np.empty(0, dtype=np.int64),
+        tokens=zero,
+        position_ids=zero,
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        row_places=zero,
+        max_seqlen=1,
+        total_lengths=[1],
+        response_lengths=[0],
+        predicting=none,
+        targets=none,
+        sample_ids=none,
+        loss_mask=none.int(),
+        response_places=none,
+    )
+
+
 def _places(
     tokens: IntArray,
     cu_seqlens: IntArray,

@@ -41,11 +41,10 @@ from miles.batch.ragged import IntArray
 from miles.config import RunConfig
 from miles.errors import StepError, UsageError
 from miles.hooks import Hooks
-from miles.loss import exact_logprobs
 from miles.loss.advantages import FROM_A_TEACHER, PENALIZED, compute_advantages
 from miles.loss.dispatch import compute_loss, loss_scale, step_count
 from miles.loss.exact_zero import zero_gradient_rows
-from miles.loss.logprobs import TokenLogProbs, linear_log_probs
+from miles.loss.logprobs import TokenLogProbs
 from miles.loss.published import custom_loss, loss_batch
 from miles.loss.reduce import ids_of
 from miles.loss.types import LossInputs, LossPlugins, LossSettings
@@ -128,8 +127,6 @@ class TrainActor:
                 "flag, or give a mixture of experts such as Qwen3-MoE."
             )
         self._tape: RoutingTape | None = None  # of the rollout that is being trained
-        exact = config.train.true_on_policy_mode
-        self._linear_log_probs = exact_logprobs.linear_log_probs if exact else linear_log_probs
         self.temperature = config.rollout.rollout_temperature
         self.weight_version = 0
         self.steps_done = 0
@@ -323,25 +320,21 @@ class TrainActor:
             before(self.args, self.backend.model_chunks, store_prefix)
         micros = self._micro_batches(shard, rows, replays=replays)
         self._flops[name] += forward_flops(self.backend.hf_config, shard.total_lengths[rows])
-        for micro, values in zip(micros, self.backend.forward_only(micros, read)):
+        record = self._tape.record if self._tape is not None and replays else None
+        for micro, values in zip(micros, self.backend.forward_only(micros, read, record)):
             if name not in shard.response_columns:
                 shard.response_columns[name] = torch.full((len(shard.loss_masks),), math.nan, dtype=values.dtype)
             shard.response_columns[name][micro.response_places.cpu()] = values
         shard.response_columns.setdefault(name, torch.full((len(shard.loss_masks),), math.nan))
 
     def _read_log_probs(self, micro: PackedBatch, output: ModelOutput) -> Tensor:
-        if self._tape is not None and micro.routed_experts is not None:
-            assert output.routed_experts is not None
-            self._tape.record(micro, output.routed_experts)
-        return self._current(micro, output, with_entropy=False).log_probs.float().cpu()
+        return self._current(micro, output, with_entropy=False).log_probs.float()
 
     def _current(self, micro: PackedBatch, output: ModelOutput, *, with_entropy: bool) -> TokenLogProbs:
         """Log-probs at the response tokens, under the distribution that the rollout sampled from."""
         chunk = self.config.train.log_probs_chunk_size
-        return self._linear_log_probs(
-            output.hidden.index_select(0, micro.predicting),
-            output.head_weight,
-            micro.targets,
+        return output.log_probs(
+            micro,
             temperature=self.temperature,
             with_entropy=with_entropy,
             chunk_tokens=chunk if chunk > 0 else None,
@@ -358,7 +351,7 @@ class TrainActor:
         else:
             parts = by_count(rows, shard.total_lengths, data.micro_batch_size)
         # Custom losses get logits of every row in full: the published layout.
-        share = self.settings.loss_type != "custom_loss"
+        share = self.settings.loss_type != "custom_loss" and self.backend.shares_prompts
         experts = self._tape.experts if self._tape is not None and replays else None
         return [pack(shard, part, device=self.backend.device, share_prompts=share, experts=experts) for part in parts]
 
@@ -391,13 +384,6 @@ class TrainActor:
         num_samples = global_batch_size - dropped
         scale = loss_scale(self.settings, num_samples, num_tokens, dp_size=self.backend.parallel.dp_cp_size)
 
-        losses: list[tuple[IntArray, Tensor]] = []
-
-        def loss_fn(micro: PackedBatch, output: ModelOutput) -> MicroLoss:
-            result = self._loss(shard, micro, output, scale)
-            losses.append((micro.rows, result.loss.detach()))
-            return result
-
         self._flops["actor_train"] += TRAINING * forward_flops(self.backend.hf_config, shard.total_lengths[run])
         self.backend.zero_grad()
         before = self.hooks.custom_megatron_before_train_step_hook
@@ -410,12 +396,14 @@ class TrainActor:
                 self.backend.optimizer,
                 self.backend.scheduler,
             )
-        results = self.backend.forward_backward(self._micro_batches(shard, run), loss_fn)
-        own_loss = sum(float(loss) for _, loss in losses)
+        micros = self._micro_batches(shard, run)
+        results = self.backend.forward_backward(micros, lambda micro, output: self._loss(shard, micro, output, scale))
+        own_loss = sum(float(result.loss) for result in results)
         finite = math.isfinite(float(self.backend.sum_over_ranks(torch.tensor([own_loss], dtype=torch.float64))))
         outcome = self.backend.optimizer_step() if finite else self.backend.skip_step()
         if outcome.skipped:
-            bad = [row for rows_of_it, loss in losses if not math.isfinite(float(loss)) for row in rows_of_it.tolist()]
+            failed = [micro for micro, result in zip(micros, results) if not math.isfinite(float(result.loss))]
+            bad = [row for micro in failed for row in micro.rows.tolist()]
             self._step_failed(rollout_id, step_id, shard, rows, "gradient" if finite else "loss", bad)
         self.steps_done += 1
         self._on_step()
@@ -423,7 +411,7 @@ class TrainActor:
         over_ran = step_count(self.settings, ran, ran_tokens)
         metrics = {
             f"train/{self.prefix}{name}": value / (over_ran if name in OVER_SAMPLES_THAT_RAN else total)
-            for name, value in self._summed(results).items()
+            for name, value in self._summed([result.metrics for result in results]).items()
         }
         if ran == 0 and not self.prefix:  # every sample had exactly zero gradient, and so exactly zero loss
             metrics["train/loss"] = 0.0

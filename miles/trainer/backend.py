@@ -12,9 +12,9 @@ for all backends. A line that appears in two backends belongs there.
                                               forward_backward(micro_batches, loss_fn)
                                               optimizer_step -> StepResult
 
-A backend with pipeline stages calls `read` and `loss_fn` on the last stage only and returns the results there; the
-actor reads results through the backend's `parallel.is_pp_last_stage`. A backend with tensor parallelism gives
-`ModelOutput` a vocabulary shard and the group it is sharded over.
+A backend with pipeline stages calls `read` and `loss_fn` on the last stage only and hands the results to all of them.
+One with tensor or context parallelism gives a `ModelOutput` whose values are whole on every rank. So all ranks that
+hold the same samples go on with the same numbers, and the actor knows no parallelism but that of the data.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from miles.batch.pack import PackedBatch
+from miles.loss.logprobs import TokenLogProbs, linear_log_probs
 from miles.loss.parallel_state import ParallelState
 from miles.trainer.schedule import Schedule
-
-T = TypeVar("T")
+from miles.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,35 @@ class ModelOutput:
 
     Built-in losses project only the positions that predict a response token, in chunks; custom losses ask for
     `logits()` and pay for all of them. `hidden` [T, D] in the model's dtype; `head_weight` [V, D]. A critic's head has
-    one row and a bias [1].
+    one row and a bias [1]. Losses are differentiable in `hidden` and `head_weight` and in nothing else of it.
     """
 
     hidden: Tensor
     head_weight: Tensor
-    routed_experts: Tensor | None = None  # int32 [T, layers, top_k] that the pass took; None for a dense model
     head_bias: Tensor | None = None
+    linear_log_probs: Callable[..., TokenLogProbs] = linear_log_probs  # or `exact_logprobs.linear_log_probs`
+
+    def log_probs(
+        self, micro: PackedBatch, *, temperature: float, with_entropy: bool, chunk_tokens: int | None
+    ) -> TokenLogProbs:
+        """Of the response tokens [R] of `micro`, computed `chunk_tokens` at a time (None: the built-in size)."""
+        return self.linear_log_probs(
+            self.hidden.index_select(0, micro.predicting),
+            self.head_weight,
+            micro.targets,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            chunk_tokens=chunk_tokens,
+        )
 
     def logits(self) -> Tensor:
         """fp32 [1, T, V], not divided by the temperature: the published view of custom losses."""
         return (self.hidden @ self.head_weight.T).float().unsqueeze(0)
 
-    def values(self, places: Tensor) -> Tensor:
-        """A critic's values at `places` [R] of the packed tokens: [R], float32 (float64 for float64)."""
+    def values(self, micro: PackedBatch) -> Tensor:
+        """A critic's values of the states that predict the response tokens: [R], float32 (float64 for float64)."""
         assert self.head_weight.shape[0] == 1 and self.head_bias is not None
-        values = self.hidden.index_select(0, places) @ self.head_weight[0] + self.head_bias
+        values = self.hidden.index_select(0, micro.predicting) @ self.head_weight[0] + self.head_bias
         return values.to(torch.promote_types(torch.float32, values.dtype))
 
 
@@ -69,6 +82,9 @@ class MicroLoss:
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+    def detached(self) -> MicroLoss:
+        return MicroLoss(self.loss.detach(), {name: value.detach() for name, value in self.metrics.items()})
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,9 @@ training."""
 
 LossFn = Callable[[PackedBatch, ModelOutput], MicroLoss]
 
+Record = Callable[[PackedBatch, Tensor], None]
+"""(micro batch, experts int32 [P, layers, top_k] that a pass took; -1 where this rank does not know)."""
+
 
 class Backend(Protocol):
     """One process's share of a model in training."""
@@ -109,26 +128,32 @@ class Backend(Protocol):
     hf_config: Any
     # Whether a forward pass in training mode differs from one in evaluation mode.
     has_dropout: bool
-    # None for a dense model. With experts, passes follow `PackedBatch.routed_experts` and report what they took.
+    # Whether passes understand rows that share one copy of their prompt.
+    shares_prompts: bool
+    # None for a dense model. With experts, passes follow `PackedBatch.routed_experts`.
     routing: RoutingShape | None
 
     def use_schedule(self, schedule: Schedule) -> None:
         """Once, when the length of the run is known."""
 
     def forward_only(
-        self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]
-    ) -> list[T]:
-        """`read` of every micro batch in evaluation mode, without gradients. Ranks may have unequal numbers of micro
-        batches, or none; all of them must call this, and `forward_backward`, equally often."""
+        self,
+        micro_batches: Sequence[PackedBatch],
+        read: Callable[[PackedBatch, ModelOutput], Tensor],
+        record: Record | None = None,
+    ) -> list[Tensor]:
+        """`read` of every micro batch in evaluation mode, without gradients, in main memory; `record` is told the
+        experts that each took. Ranks may have unequal numbers of micro batches, or none; all of them must call this,
+        and `forward_backward`, equally often."""
 
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[dict[str, Tensor]]:
-        """Accumulate the gradients of all micro batches; their metrics in the same order."""
+    def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[MicroLoss]:
+        """Accumulate the gradients of all micro batches; what `loss_fn` gave for each, detached, in the same order."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Summed over data- and context-parallel ranks, for metrics and token counts."""
+        """Summed over data-parallel ranks, for metrics and token counts."""
 
     def gather_over_ranks(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
-        """Named numbers of every rank, in the order of the ranks; names may differ between ranks."""
+        """Named numbers of every data-parallel rank, in their order; names may differ between ranks."""
 
     def zero_grad(self) -> None: ...
 
@@ -141,9 +166,8 @@ class Backend(Protocol):
     def reset_optimizer(self) -> None:
         """Forget the moments and step counts (`--reset-optimizer-states`)."""
 
-    def weights(self) -> Mapping[str, Tensor]:
-        """All weights under the names of the Hugging Face model (experts stacked in two tensors per layer), live and
-        without a copy: whole tensors in one process, this rank's shards (DTensor) in several."""
+    def weights(self) -> Weights:
+        """All weights under the names of the Hugging Face model (experts stacked in two tensors per layer)."""
 
     def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
         """Model, optimizer and schedule under `folder`, which exists and is empty; as they are now, also where they

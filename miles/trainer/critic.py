@@ -72,10 +72,10 @@ class Critic(TrainActor):
     def _built_in_loss(
         self, shard: TrainBatch, micro: PackedBatch, output: ModelOutput, columns: dict[str, Tensor], scale: float
     ) -> MicroLoss:
-        inputs = LossInputs.of_values(micro, output.values(micro.predicting), columns)
+        inputs = LossInputs.of_values(micro, output.values(micro), columns)
         result = compute_loss(inputs, self.settings, self.plugins, scale)
         return MicroLoss(result.loss, result.metrics)
 
 
 def read_values(micro: PackedBatch, output: ModelOutput) -> Tensor:
-    return output.values(micro.predicting).to(device="cpu", dtype=torch.float32)
+    return output.values(micro).float()

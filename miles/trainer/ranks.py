@@ -112,3 +112,8 @@ class Ranks:
         dist.all_gather(received, padded)
         speakers = range(self.size) if self.speakers is None else self.speakers
         return [json.loads(bytes(received[rank].numpy())) for rank in speakers]
+
+
+def own_device() -> torch.device:
+    """The GPU of this process where there is one (a rank is given its own), else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

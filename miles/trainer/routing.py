@@ -73,6 +73,6 @@ class RoutingTape:
         self.experts[start : end - 1] = given
 
     def record(self, micro: PackedBatch, taken: Tensor) -> None:
-        """Note what a pass over `micro` took: [P, layers, top_k]."""
-        rows = taken.index_select(0, micro.row_places)
-        self.experts[micro.token_places] = rows.cpu().numpy()
+        """Note what a pass over `micro` took: [P, layers, top_k]; `FREE` where another rank knows."""
+        rows = taken.index_select(0, micro.row_places).cpu().numpy()
+        self.experts[micro.token_places] = np.where(rows == FREE, self.experts[micro.token_places], rows)

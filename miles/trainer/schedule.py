@@ -106,6 +106,11 @@ class ParamScheduler:
         self.optimizer, self.schedule, self.num_steps = optimizer, schedule, 0
         self._apply()
 
+    @property
+    def lr(self) -> float:
+        """The rate of the next step."""
+        return self.schedule.lr(self.num_steps)
+
     def step(self, increment: int = 1) -> None:
         """Go on by `increment` optimizer steps."""
         self.num_steps += increment
@@ -113,7 +118,7 @@ class ParamScheduler:
 
     def _apply(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(self.num_steps)
+            group["lr"] = self.lr
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_steps": self.num_steps}

@@ -13,7 +13,29 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-Bucket = dict[str, Tensor]
+from miles.weights import Bucket, Shapes
+
+class Held(Mapping[str, Tensor]):
+    """Implements `Weights` for tensors in memory, which are whole or shards (DTensor) over ranks. In one process, an
+    engine may read them in place."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def layout(self) -> Shapes:
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.items()}
+
+    def buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        return gathered(self, bucket_bytes)
 
 
 def gathered(weights: Mapping[str, Tensor], bucket_bytes: int) -> Iterator[Bucket]:

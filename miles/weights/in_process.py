@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from miles.engine.embedded.engine import EmbeddedEngine
+from miles.weights import Weights
 
 
 class InProcess:
@@ -23,5 +22,6 @@ class InProcess:
     def suspend(self) -> None:
         self.engine.suspend()
 
-    def update(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def update(self, weights: Weights, version: int) -> None:
+        assert isinstance(weights, Mapping)  # tensors, and not parts of them elsewhere
         self.engine.update_weights(weights, str(version))

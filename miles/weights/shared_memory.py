@@ -13,13 +13,12 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from miles.weights.gather import gathered
+from miles.weights import Shapes, Weights
 
 # Where a tensor may begin: a line of the processor's cache.
 ALIGNMENT = 64
@@ -52,12 +51,12 @@ def anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-def layout_of(weights: Mapping[str, Tensor]) -> tuple[Layout, int]:
+def layout_of(shapes: Shapes) -> tuple[Layout, int]:
     """A place for each tensor, and how many bytes all of them take."""
     layout, end = {}, 0
-    for name, tensor in weights.items():
-        layout[name] = Slot(end, tensor.dtype, tuple(tensor.shape))
-        end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+    for name, (shape, dtype) in shapes.items():
+        layout[name] = slot = Slot(end, dtype, shape)
+        end += -(-slot.bytes // ALIGNMENT) * ALIGNMENT
     return layout, end
 
 
@@ -77,9 +76,9 @@ class SharedMemory:
         self.fd, self.bucket_bytes = fd, bucket_bytes
         self._views: dict[str, Tensor] | None = None
 
-    def share(self, weights: Mapping[str, Tensor]) -> tuple[Layout, int]:
+    def share(self, weights: Weights) -> tuple[Layout, int]:
         """Make room, write the weights for the first time, and say where they are."""
-        layout, size = layout_of(weights)
+        layout, size = layout_of(weights.layout())
         if self.fd is not None:
             os.ftruncate(self.fd, max(size, ALIGNMENT))
             self._views = views(self.fd, layout, size)
@@ -89,12 +88,12 @@ class SharedMemory:
     def suspend(self) -> None:
         """The engine reads other memory than the optimizer writes: it may go on until `update`."""
 
-    def update(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def update(self, weights: Weights, version: int) -> None:
         """Write all weights; on return they are there. The driver tells the engine, and knows the version itself."""
         self._write(weights)
 
-    def _write(self, weights: Mapping[str, Tensor]) -> None:
-        for bucket in gathered(weights, self.bucket_bytes):
+    def _write(self, weights: Weights) -> None:
+        for bucket in weights.buckets(self.bucket_bytes):
             if self._views is not None:
                 for name, tensor in bucket.items():
                     self._views[name].copy_(tensor)

@@ -15,7 +15,7 @@ from miles.errors import CheckpointError, FlagError, HookError, MilesError, Trai
 from miles.trainer.commands import Failed
 from miles.trainer.group import Process, RankGroup, portable, rank_environment
 from miles.types import Failure
-from miles.weights.gather import buckets, rows_of
+from miles.weights.gather import Held, buckets, rows_of
 from miles.weights.shared_memory import SharedMemory, anonymous_file, views
 
 BASE = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "base"
@@ -112,10 +112,10 @@ def test_the_engine_s_memory_is_the_trainer_s(tmp_path: Path) -> None:
     weights = {"a": torch.randn(3, 5), "b": torch.arange(4), "empty": torch.zeros(0, 2)}
     fd = anonymous_file()
     transport = SharedMemory(fd, bucket_bytes=16)
-    layout, size = transport.share(weights)
+    layout, size = transport.share(Held(weights))
     seen = views(fd, layout, size)
     assert all(torch.equal(seen[name], tensor) for name, tensor in weights.items())
-    transport.update({name: tensor + 1 for name, tensor in weights.items()}, 2)
+    transport.update(Held({name: tensor + 1 for name, tensor in weights.items()}), 2)
     assert all(torch.equal(seen[name], tensor + 1) for name, tensor in weights.items())
     os.close(fd)
 

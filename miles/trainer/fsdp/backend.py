@@ -11,25 +11,24 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from miles.batch.pack import PackedBatch
+from miles.batch.pack import PackedBatch, one_token
 from miles.config import OptimizerConfig, TrainConfig
-from miles.trainer.backend import LossFn, ModelOutput, Snapshot, StepResult
+from miles.loss import exact_logprobs
+from miles.loss.logprobs import linear_log_probs
+from miles.trainer.backend import LossFn, MicroLoss, ModelOutput, Record, Snapshot, StepResult
 from miles.trainer.fsdp import checkpoint, exact, moe
 from miles.trainer.fsdp.model import load_model, on_disk, owned_tensors, stored_tensors, use_value_head
 from miles.trainer.packed_attention import Packing
-from miles.trainer.ranks import Ranks
+from miles.trainer.ranks import Ranks, own_device
 from miles.trainer.schedule import ParamScheduler, Schedule
-from miles.weights.gather import gathered
-
-T = TypeVar("T")
+from miles.weights.gather import Held, gathered
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -71,9 +70,12 @@ class FsdpBackend:
         self._idle = one_token(self.device)
         self._saver = checkpoint.Saver(self.ranks)
         self.model_chunks, self.hf_config = [self.model], self.model.config
+        self.shares_prompts = True
         self.routers = moe.use_in(self.model)
+        self._linear_log_probs = linear_log_probs
         if train.true_on_policy_mode:
             exact.use_in(self.model, self.routers)
+            self._linear_log_probs = exact_logprobs.linear_log_probs
         self.routing = None if self.routers is None else self.routers.shape
         self.has_dropout = any(
             isinstance(value, float) and value > 0
@@ -108,9 +110,8 @@ class FsdpBackend:
             hidden = self.model.base_model(**inputs).last_hidden_state
         else:
             hidden = self.model.hidden_states(**inputs)
-        taken = None if self.routers is None else self.routers.taken()
         head = self.model.get_output_embeddings()
-        return ModelOutput(hidden[0], head.weight, routed_experts=taken, head_bias=head.bias)
+        return ModelOutput(hidden[0], head.weight, head.bias, self._linear_log_probs)
 
     def _missing(self, micro_batches: Sequence[PackedBatch]) -> int:
         """How many passes this rank has to make only because another one has that many more."""
@@ -121,13 +122,16 @@ class FsdpBackend:
         return nullcontext() if self.routers is None else self.routers.following(micro.routed_experts)
 
     def forward_only(
-        self, micro_batches: Sequence[PackedBatch], read: Callable[[PackedBatch, ModelOutput], T]
-    ) -> list[T]:
+        self,
+        micro_batches: Sequence[PackedBatch],
+        read: Callable[[PackedBatch, ModelOutput], Tensor],
+        record: Record | None = None,
+    ) -> list[Tensor]:
         missing = self._missing(micro_batches)
         self.model.eval()
         try:
             with torch.no_grad():
-                results = [self._read(micro, read) for micro in micro_batches]
+                results = [self._read(micro, read, record).cpu() for micro in micro_batches]
                 for _ in range(missing):
                     self._forward(self._idle)
                 return results
@@ -138,21 +142,26 @@ class FsdpBackend:
 
                 reshard(self.model)
 
-    def _read(self, micro: PackedBatch, read: Callable[[PackedBatch, ModelOutput], T]) -> T:
+    def _read(
+        self, micro: PackedBatch, read: Callable[[PackedBatch, ModelOutput], Tensor], record: Record | None
+    ) -> Tensor:
         with self._following(micro):
-            return read(micro, self._forward(micro))
+            output = self._forward(micro)
+            if record is not None and self.routers is not None:
+                record(micro, self.routers.taken())
+            return read(micro, output)
 
-    def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[dict[str, Tensor]]:
-        missing, metrics = self._missing(micro_batches), []
+    def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[MicroLoss]:
+        missing, results = self._missing(micro_batches), []
         for micro in micro_batches:
             with self._following(micro):  # the backward pass too: activation checkpointing routes again
                 result = loss_fn(micro, self._forward(micro))
                 result.loss.backward()
-            metrics.append(result.metrics)
+            results.append(result.detached())
         for _ in range(missing):
             hidden = self._forward(self._idle).hidden
             hidden.backward(torch.zeros_like(hidden))
-        return metrics
+        return results
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.ranks.sum(values)
@@ -170,7 +179,7 @@ class FsdpBackend:
         max_norm = self.clip_grad if self.clip_grad > 0 else math.inf
         total = torch.nn.utils.clip_grad_norm_(self.params, max_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.scheduler.lr
         if not math.isfinite(norm):
             self.zero_grad()
             return StepResult(norm, lr, skipped=True)
@@ -180,7 +189,7 @@ class FsdpBackend:
 
     def skip_step(self) -> StepResult:
         self.zero_grad()
-        return StepResult(math.nan, self.optimizer.param_groups[0]["lr"], skipped=True)
+        return StepResult(math.nan, self.scheduler.lr, skipped=True)
 
     def reset_optimizer(self) -> None:
         for state in self.optimizer.state.values():
@@ -189,8 +198,8 @@ class FsdpBackend:
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
-    def weights(self) -> Mapping[str, Tensor]:
-        return owned_tensors(self.model)
+    def weights(self) -> Held:
+        return Held(owned_tensors(self.model))
 
     def snapshot(self) -> Snapshot:
         return {name: tensor.clone() for name, tensor in owned_tensors(self.model).items()}
@@ -293,28 +302,3 @@ class FsdpBackend:
         if self.model.can_generate():
             self.model.generation_config.save_pretrained(folder)
         load_tokenizer(self.source, trust_remote_code=True).save_pretrained(folder)
-
-
-def own_device() -> torch.device:
-    """The GPU of this process where there is one (a rank is given its own), else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def one_token(device: torch.device) -> PackedBatch:
-    """The smallest micro batch there is: one row of one token, which no loss ever sees."""
-    zero, none = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    return PackedBatch(
-        rows=np.empty(0, dtype=np.int64),
-        tokens=zero,
-        position_ids=zero,
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
-        row_places=zero,
-        max_seqlen=1,
-        total_lengths=[1],
-        response_lengths=[0],
-        predicting=none,
-        targets=none,
-        sample_ids=none,
-        loss_mask=none.int(),
-        response_places=none,
-    )

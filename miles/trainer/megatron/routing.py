@@ -74,10 +74,11 @@ class Routers:
             replay.target_topk_idx = None if known is None else known[:, layer].contiguous()
             replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
-    def taken(self, places: Tensor, size: int, *, training: bool) -> Tensor:
-        """int32 [size, layers, k]: what the pass since `follow` took, `FREE` at tokens and layers of other ranks. With
-        recomputation, the backward pass takes the same again."""
-        taken = torch.full((size, self.shape.num_layers, self.shape.top_k), FREE, dtype=torch.int32, device=places.device)
+    def taken(self, places: Tensor, size: int, *, training: bool, wanted: bool) -> Tensor | None:
+        """int32 [size, layers, k] where it is wanted: what the pass since `follow` took, `FREE` at tokens and layers of
+        other ranks. With recomputation, the backward pass takes the same again."""
+        shape = (size, self.shape.num_layers, self.shape.top_k)
+        taken = torch.full(shape, FREE, dtype=torch.int32, device=places.device) if wanted else None
         real = places >= 0
         for layer, replay in self.replays.items():
             chosen = replay.get_recorded_indices()
@@ -85,7 +86,8 @@ class Routers:
                 replay.replay_backward_list.append(chosen)
             replay.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
             replay.target_topk_idx = replay.recorded_topk_idx = None
-            taken[places[real], layer] = self._whole(chosen)[real].to(torch.int32)
+            if taken is not None:
+                taken[places[real], layer] = self._whole(chosen)[real].to(torch.int32)
         return taken
 
     def forget(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from miles.engine.embedded import EmbeddedEngine
 from miles.errors import UsageError
 from miles.loss.logprobs import linear_log_probs
 from miles.trainer.actor import TrainActor
+from miles.trainer.backend import MicroLoss
 from miles.trainer.fsdp.backend import FsdpBackend
 from miles.trainer.routing import FREE, RoutingTape
 
@@ -50,14 +50,18 @@ def run(backend: FsdpBackend, batch: TrainBatch, rows: list[int], tape: RoutingT
     """Log-probs of one pass over `rows`, and the experts it took: [P, layers, top_k]."""
     micro = pack(batch, rows, share_prompts=share, experts=None if tape is None else tape.experts)
 
-    def read(micro: Any, out: Any) -> Read:
-        values = linear_log_probs(out.hidden[micro.predicting], out.head_weight, micro.targets).log_probs
-        if tape is not None:
-            tape.record(micro, out.routed_experts)
-        return values, out.routed_experts
+    taken: list[Tensor] = []
 
-    [result] = backend.forward_only([micro], read)
-    return result
+    def read(micro: Any, out: Any) -> Tensor:
+        return linear_log_probs(out.hidden[micro.predicting], out.head_weight, micro.targets).log_probs
+
+    def record(micro: Any, experts: Tensor) -> None:
+        if tape is not None:
+            tape.record(micro, experts)
+        taken.append(experts)
+
+    [values] = backend.forward_only([micro], read, record)
+    return values, taken[0]
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def test_gradients_under_replay_equal_hugging_face_with_forced_experts(
 
     def loss(micro: Any, out: Any) -> Any:
         values = linear_log_probs(out.hidden[micro.predicting], out.head_weight, micro.targets).log_probs
-        return copy.copy(Loss(values.sum()))
+        return MicroLoss(values.sum(), {})
 
     micros = [pack(batch, rows, share_prompts=share, experts=tape.experts) for rows in ([0, 1, 2], [3, 4])]
     backend.zero_grad()
@@ -193,21 +197,19 @@ def test_gradients_under_replay_equal_hugging_face_with_forced_experts(
     assert backend.model.model.layers[0].mlp.gate.weight.grad.abs().max() > 1e-3
 
 
-class Loss:
-    def __init__(self, loss: Tensor) -> None:
-        self.loss, self.metrics = loss, {}
-
-
 def spied(actor: TrainActor) -> list[Tensor]:
     """The experts of every pass that this actor makes, each [P, layers, top_k]."""
     seen: list[Tensor] = []
-    routers, taken = actor.backend.routers, actor.backend.routers.taken
+    routers = actor.backend.routers
+    following = routers.following
 
-    def spy() -> Tensor:
-        seen.append(taken())
-        return seen[-1]
+    @contextmanager
+    def spy(known: Tensor | None) -> Iterator[None]:
+        with following(known):
+            yield
+            seen.append(routers.taken())
 
-    routers.taken = spy
+    routers.following = spy
     return seen
 
 
