@@ -19,7 +19,6 @@ from miles.errors import FlagError
 
 PLUG_POINTS = {flag.name for flag in flags_of(SECTIONS["hooks"])}
 ALL_FLAGS = "`miles train --help-all` shows every one."
-MEGATRON_HINT = f"{ALL_FLAGS} (Megatron's own flags come with its backend, which is not built yet.)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,7 +147,7 @@ def refuse_leftovers(leftovers: Sequence[str], parser: Parser) -> None:
         texts = []
         for option in dict.fromkeys(unknown):
             spelled = option.replace("_", "-")
-            texts.append(f"{option}: no such flag. {did_you_mean(spelled, parser.options) or MEGATRON_HINT}")
+            texts.append(f"{option}: no such flag. {did_you_mean(spelled, parser.options) or ALL_FLAGS}")
         raise FlagError(unknown[0], given="\n".join(texts).removeprefix(f"{unknown[0]}: "))
     if leftovers:
         raise FlagError("command line", given=f"{' '.join(leftovers)!r} belongs to no flag.")

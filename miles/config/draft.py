@@ -29,6 +29,8 @@ class Draft:
         # Plug points that a plug-in of the run declares itself: it calls them, whatever the core does.
         self.claimed: set[str] = set()
         self.substitutions: dict[str, str] = {}
+        # GPUs that this process may use.
+        self.gpus = 0
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]

@@ -10,6 +10,10 @@
     bool, default False      a switch                         --group-rm
     bool, default True       a switch that turns it off       --disable-rewards-normalization
     bool | None              both, unset by default           --offload-train / --no-offload-train
+    Pattern                  a number, or one per layer       --moe-layer-freq '([0]*1+[1]*3)'
+
+`only` names the one backend that reads a flag; `sets` what it sets in Megatron-Core, `Class.field` or, where the field
+has the flag's name, `Class`.
 
 Each `Flag` reads its own values (from text, from a YAML node's scalars) and checks them beside the field. What depends
 on several flags is left to `miles.config.resolve`, the command line to `miles.config.parse`.
@@ -17,6 +21,7 @@ on several flags is left to `miles.config.resolve`, the command line to `miles.c
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import types
@@ -26,7 +31,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from miles.errors import FlagError
 
-Kind = Literal["int", "float", "str", "json", "pairs", "true", "false", "either"]
+Kind = Literal["int", "float", "str", "json", "pairs", "pattern", "true", "false", "either"]
+Backend = Literal["fsdp", "megatron"]
+
+Pattern = int | list[int]
+"""One number, or one per layer."""
 
 
 class _Required:
@@ -129,7 +138,10 @@ def template(*names: str, values: tuple[object, object] = (0, 1)) -> Check:
 # What numpy, torch and the files of a run can hold.
 MAX_INT = 2**63 - 1
 
-_EXPECTED = {"int": "a whole number", "float": "a number", "json": "JSON", "pairs": "NAME=VALUE"}
+_EXPECTED = {
+    **{"int": "a whole number", "float": "a number", "json": "JSON", "pairs": "NAME=VALUE"},
+    "pattern": "a whole number, or one per layer such as [0,1,1] or [0]*1+[1]*3",
+}
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,11 @@ class Flag:
     secret: bool = False
     status: Status = EFFECTIVE
     check: Check | None = None
+    only: Backend | None = None
+    # Fields of Megatron-Core's dataclasses: "TransformerConfig.hidden_size".
+    sets: tuple[str, ...] = ()
+    # Why the default is another one than that of the field; it is then set where the flag is not given, too.
+    deviates: str = ""
 
     @property
     def required(self) -> bool:
@@ -190,6 +207,8 @@ class Flag:
             return number
         if self.kind == "json":
             return json.loads(text)
+        if self.kind == "pattern":
+            return _read_pattern(text)
         if self.kind == "pairs":
             name, separator, value = text.partition("=")
             if not (name and separator and value):
@@ -207,6 +226,41 @@ class Flag:
             raise FlagError(self.option, given=value, expected=self.check.expected)
 
 
+MAX_LAYERS = 10_000
+"""Longest pattern that is written out: more layers than any model has."""
+
+
+def _read_pattern(text: str) -> Pattern:
+    """Whole numbers, lists of them, and their sums and products: `([0]*1+[1]*3)*2`. Raises ValueError."""
+    try:
+        value = _evaluate(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError):
+        raise ValueError(text) from None
+    return value
+
+
+def _evaluate(node: ast.expr) -> Pattern:
+    match node:
+        case ast.Constant(value=int(number)) if not isinstance(number, bool):
+            return number
+        case ast.List(elts=elements):
+            numbers = [_evaluate(e) for e in elements]
+            if any(isinstance(n, list) for n in numbers):
+                raise ValueError("a list of lists")
+            return [n for n in numbers if isinstance(n, int)]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            a, b = _evaluate(left), _evaluate(right)
+            if isinstance(a, list) and isinstance(b, list) and len(a) + len(b) <= MAX_LAYERS:
+                return a + b
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            a, b = _evaluate(left), _evaluate(right)
+            if isinstance(a, int) and isinstance(b, list):
+                a, b = b, a
+            if isinstance(a, list) and isinstance(b, int) and len(a) * max(b, 0) <= MAX_LAYERS:
+                return a * b
+    raise ValueError("no pattern of layers")
+
+
 def flag(
     default: Any,
     help: str,
@@ -218,6 +272,9 @@ def flag(
     common: bool = False,
     secret: bool = False,
     compare: bool = True,
+    only: Backend | None = None,
+    sets: str | tuple[str, ...] = (),
+    deviates: str = "",
 ) -> Any:
     """A dataclass field that is a flag. `common` flags are in the short `--help`; `secret` ones are never written."""
     declared = {
@@ -229,6 +286,9 @@ def flag(
         "status": status,
         "common": common,
         "secret": secret,
+        "only": only,
+        "sets": (sets,) if isinstance(sets, str) else sets,
+        "deviates": deviates,
     }
     if default is REQUIRED:
         return field(metadata={"flag": declared}, compare=compare)
@@ -270,12 +330,15 @@ def _declared_flags(section: type[Any]) -> tuple[Flag, ...]:
 def _flag(name: str, hint: Any, declared: dict[str, Any]) -> Flag:
     kind, many, choices = _kind_of(hint, declared["default"])
     declared["option"] = declared["option"] or "--" + name.replace("_", "-")
+    declared["sets"] = tuple(target if "." in target else f"{target}.{name}" for target in declared["sets"])
     return Flag(name=name, kind=kind, many=many, choices=choices, **declared)
 
 
 def _kind_of(hint: Any, default: Any) -> tuple[Kind, bool, tuple[str, ...]]:
     """The kind of a flag, whether it takes several values, and its choices: all from the annotation."""
     optional = False
+    if hint == Pattern:
+        return "pattern", False, ()
     if get_origin(hint) in (Union, types.UnionType):
         optional = True
         (hint,) = (h for h in get_args(hint) if h is not type(None))

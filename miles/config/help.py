@@ -60,7 +60,9 @@ def _value(flag: Flag) -> list[str]:
     if flag.choices:
         shown = "{" + ",".join(c for c in flag.choices if not _missing(flag, c)) + "}"
     else:
-        shown = {"int": "N", "float": "X", "json": "JSON", "pairs": "NAME=VALUE"}.get(flag.kind, "TEXT")
+        shown = {"int": "N", "float": "X", "json": "JSON", "pairs": "NAME=VALUE", "pattern": "PATTERN"}.get(
+            flag.kind, "TEXT"
+        )
     return [shown, "..."] if flag.many or flag.kind == "pairs" else [shown]
 
 

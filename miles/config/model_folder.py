@@ -52,6 +52,16 @@ def facts_of(folder: str) -> ModelFacts | None:
     return _facts(path, _read_config(path))
 
 
+def config_of(folder: str) -> dict[str, Any] | None:
+    """config.json; None as with `facts_of`. Raises CheckpointError."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return None
+    config = _read_config(path)
+    _facts(path, config)
+    return config
+
+
 def check(folder: str) -> None:
     """Raise CheckpointError where `folder` is there and cannot be a model that this run trains or serves."""
     path = Path(folder).expanduser()

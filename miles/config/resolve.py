@@ -1,13 +1,15 @@
 """From what the user wrote to what the run is: everything that depends on more than one flag, or on this machine.
 
     1. missing flags         all at once
-    2. statuses              explicit flags that are not built (refused) or have no meaning here (a notice);
+    2. statuses              explicit flags that are not built (refused) or have no meaning here (a notice), which
+                             depends on --train-backend;
                              then each value for itself, with the check that stands beside its field
     3. SUBSTITUTES           published defaults that this machine cannot honour
     4. EFFECTS               values that follow from others, in the published order
     5. EXCLUSIVE, NEEDS      flags that cannot stand together, or not alone
 
-Each rule is a small function or a row of a table. They run once, before the sections are built and frozen.
+Each rule is a small function or a row of a table. They run once, before the sections are built and frozen. Those of
+`--train-backend megatron` stand in `miles.config.megatron`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from miles.config import model_folder
+from miles.config import megatron, model_folder
 from miles.config.draft import Draft
 from miles.config.evaluation import resolve_eval_datasets
 from miles.config.machine import local_gpus
@@ -26,17 +28,20 @@ from miles.config.rewards import resolve_reward
 from miles.config.sections import FLAGS
 from miles.config.unread import unread
 from miles.errors import FlagError
+from miles.hooks.catalog import CATALOG
 
 Rule = Callable[[Draft], None]
 
 
 def resolve(draft: Draft) -> None:
     """Work out all values of `draft`. Raises FlagError for what cannot be run."""
+    draft.gpus = local_gpus()
     refuse_missing(draft)
+    train_backend(draft)
     apply_statuses(draft)
     for name, flag in FLAGS.items():
         flag.verify(draft[name])  # before the formulas below use it
-    for rule in (*SUBSTITUTES, *EFFECTS):
+    for rule in (*OF_BACKEND[draft["train_backend"]], *SUBSTITUTES, *EFFECTS):
         rule(draft)
     refuse_exclusive(draft)
     refuse_lacking(draft)
@@ -83,18 +88,43 @@ ALTERNATIVES: list[tuple[str, Callable[[Draft], bool]]] = [
 # ---- 2. statuses ---------------------------------------------------------------------------------------------------
 
 
+def train_backend(draft: Draft) -> None:
+    """Decided first: what a flag means depends on it."""
+    draft.substitute("train_backend", "fsdp", "it trains Hugging Face models in one process, with or without a GPU.")
+    if draft["train_backend"] == "megatron":
+        megatron.refuse_missing_library(draft)
+    for point in CATALOG.values():
+        if draft.given(point.dest) and draft["train_backend"] not in point.backends and point.dest not in draft.claimed:
+            raise FlagError(
+                point.flag,
+                given=f"--train-backend {draft['train_backend']} never calls it.",
+                remedy=f"Use --train-backend {' or '.join(point.backends)}.",
+            )
+
+
 def apply_statuses(draft: Draft) -> None:
-    """One notice per explicit flag without meaning here; all flags that are not built in one refusal."""
+    """Explicit flags without meaning here: a notice each, but one for all of the other backend.
+
+    All flags that are not built are refused at once.
+    """
     refused: list[str] = []
+    of_others: list[str] = []
     for name, flag in FLAGS.items():
         value, status = draft[name], flag.status
-        if not draft.given(name) or name in draft.claimed or not status.applies_to(value, flag.default):
+        if not draft.given(name) or name in draft.claimed:
+            continue
+        if flag.only not in (None, draft["train_backend"]):
+            of_others += [_shown(draft, name)] if value != flag.default else []
+            continue
+        if not status.applies_to(value, flag.default):
             continue
         shown = _shown(draft, name)
         if status.kind == "not_built":
             refused.append(f"{shown}: {status.sentence.rstrip(',')} is not built yet.")
         else:
             draft.notices.append(f"{shown}: no meaning here, {status.sentence}")
+    if of_others:
+        draft.notices.append(f"{', '.join(of_others)}: no meaning with --train-backend {draft['train_backend']}.")
     if refused:
         flag_text, _, rest = "\n".join(refused).partition(": ")
         raise FlagError(flag_text, given=rest)
@@ -105,11 +135,10 @@ def apply_statuses(draft: Draft) -> None:
 
 def one_trainer_process(draft: Draft) -> None:
     draft.substitute("actor_num_gpus_per_node", 1, "give a number to train in several processes.")
+
+
+def gpus_of_this_machine(draft: Draft) -> None:
     draft.substitute("num_gpus_per_node", max(1, local_gpus()), "that is what this machine has.")
-
-
-def fsdp_backend(draft: Draft) -> None:
-    draft.substitute("train_backend", "fsdp", "it trains Hugging Face models in one process, with or without a GPU.")
 
 
 def gloo(draft: Draft) -> None:
@@ -127,7 +156,12 @@ def at_least_one_engine(draft: Draft) -> None:
         draft.derive("rollout_num_gpus", 1)
 
 
-SUBSTITUTES: list[Rule] = [fsdp_backend, one_trainer_process, gloo, fused_attention, at_least_one_engine]
+SUBSTITUTES: list[Rule] = [gpus_of_this_machine, gloo, at_least_one_engine]
+OF_BACKEND: dict[str, list[Rule]] = {
+    "fsdp": [one_trainer_process, fused_attention],
+    "megatron": megatron.SUBSTITUTES,
+}
+"""Substitutes of one backend."""
 
 
 # ---- 4. what follows from other flags ------------------------------------------------------------------------------
@@ -250,9 +284,29 @@ def true_on_policy(draft: Draft, gpus: int) -> None:
 
 def trainer_processes(draft: Draft) -> None:
     """Whether as many processes as are asked for can run here, and can share an optimizer step equally."""
-    world, gpus = draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"], local_gpus()
     if draft["debug_rollout_only"]:
         return
+    if draft["train_backend"] == "megatron":
+        megatron.check(draft, world_size(draft))
+        communication(draft)
+        shared_step(draft, megatron.sizes(draft, world_size(draft)).dp_size)
+    else:
+        fsdp_processes(draft)
+
+
+def world_size(draft: Draft) -> int:
+    processes: int = draft["actor_num_nodes"] * draft["actor_num_gpus_per_node"]
+    return processes
+
+
+def fsdp_processes(draft: Draft) -> None:
+    """One process shares its memory with the engine; several have ranks, and a copy of the weights each."""
+    world, gpus = world_size(draft), local_gpus()
+    if draft["context_parallel_size"] > 1:
+        raise FlagError(
+            f"--context-parallel-size {draft['context_parallel_size']}",
+            given="needs --train-backend megatron; with fsdp a sample is never divided.",
+        )
     if draft["true_on_policy_mode"]:
         true_on_policy(draft, gpus)
     if draft["fsdp_cpu_offload"] and not gpus:
@@ -266,16 +320,29 @@ def trainer_processes(draft: Draft) -> None:
             if draft.given(name) and draft[name] != FLAGS[name].default:
                 draft.notices.append(f"{_shown(draft, name)}: no meaning here, {why}")
         return
+    communication(draft)
+    shared_step(draft, world)
+
+
+def communication(draft: Draft) -> None:
+    """Whether this machine has a place for every process, and a library that connects them."""
+    world, gpus = world_size(draft), local_gpus()
     if gpus and world > gpus:
         raise FlagError(OF_TRAINER, given=world, expected=f"at most {gpus}, the GPUs of this machine")
     expected = ("nccl", "gloo") if gpus else ("gloo",)
     if draft["distributed_backend"] not in expected:
         raise FlagError("--distributed-backend", given=draft["distributed_backend"], expected=" or ".join(expected))
+
+
+def shared_step(draft: Draft, shares: int) -> None:
+    """Every data-parallel share of the trainer gets equally many samples of a step."""
     size = draft["global_batch_size"]
-    if size is not None and size % world and not draft["use_dynamic_global_batch_size"]:
-        raise FlagError(
-            "--global-batch-size", given=size, expected=f"a multiple of {world}, the trainer's processes ({OF_TRAINER})"
-        )
+    if size is None or size % shares == 0 or draft["use_dynamic_global_batch_size"]:
+        return
+    what = f"the trainer's processes ({OF_TRAINER})"
+    if shares != world_size(draft):
+        what = f"the data-parallel shares of {world_size(draft)} trainer processes"
+    raise FlagError("--global-batch-size", given=size, expected=f"a multiple of {shares}, {what}")
 
 
 OF_TRAINER = FLAGS["actor_num_gpus_per_node"].option
@@ -540,7 +607,9 @@ def refuse_exclusive(draft: Draft) -> None:
         if draft[first] and draft[second]:
             raise FlagError(draft.option(first), given=f"excludes {draft.option(second)}: {why}")
     if draft["qkv_format"] == "bshd" and (draft["train_backend"] == "fsdp" or draft["use_dynamic_batch_size"]):
-        raise FlagError("--qkv-format bshd", given="needs the Megatron backend without --use-dynamic-batch-size.")
+        raise FlagError("--qkv-format bshd", given="needs --train-backend megatron without --use-dynamic-batch-size.")
+    if draft["qkv_format"] == "bshd" and draft["context_parallel_size"] > 1:
+        raise FlagError("--qkv-format bshd", given="excludes --context-parallel-size: only packed samples are divided.")
 
 
 def refuse_lacking(draft: Draft) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from miles.config import sections as s
-from miles.config.flags import Section
+from miles.config.flags import Section, flags_of
+from miles.config.layout import ParallelLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class RunConfig:
     mtp: s.MTPConfig
     pd: s.PDConfig
     ci: s.CIConfig
+    megatron: s.MegatronConfig
     hooks: s.HooksConfig
     # Attributes of `args` that are no flags of miles: of plug-ins, of SGLang, of --custom-config-path.
     extras: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +55,44 @@ class RunConfig:
     def section(self, name: str) -> Section:
         section: Section = getattr(self, name)
         return section
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """Who computes what: with fsdp every process takes a share of the batch, dp_size == world_size."""
+        world = self.cluster.world_size
+        if self.train.train_backend != "megatron":
+            return ParallelLayout(world)
+        m = self.megatron
+        return ParallelLayout(
+            world,
+            tensor=m.tensor_model_parallel_size,
+            context=self.train.context_parallel_size,
+            pipeline=m.pipeline_model_parallel_size,
+            expert=m.expert_model_parallel_size,
+            expert_tensor=m.expert_tensor_parallel_size,
+            virtual=m.num_virtual_stages_per_pipeline_rank,
+        )
+
+    def overrides(self, dataclass_name: str) -> dict[str, Any]:
+        """What flags and config.json say about the fields of one of Megatron-Core's dataclasses.
+
+        Holds what was given, substituted or follows from something, and the defaults that differ from the field's;
+        never None. Values are plain: text in place of Megatron's enumerations and of torch's types.
+
+        Example: `config.overrides("TransformerConfig") == {"num_layers": 2, "layernorm_epsilon": 1e-6, ...}`
+        """
+        fields_: dict[str, Any] = {}
+        for section in s.SECTIONS:
+            for flag in flags_of(s.SECTIONS[section]):
+                value = getattr(self.section(section), flag.name)
+                is_set = flag.deviates or self.origins[flag.name] != "default"
+                if value is None or not is_set or flag.status.kind == "no_meaning_here":
+                    continue
+                for target in flag.sets:
+                    owner, _, field_name = target.partition(".")
+                    if owner == dataclass_name:
+                        fields_[field_name] = copy.copy(value)
+        return fields_
 
 
 def flat_args(config: RunConfig) -> Namespace:
@@ -70,6 +110,7 @@ def flat_args(config: RunConfig) -> Namespace:
         use_critic=config.algorithm.use_critic,
         rank=0,
         world_size=config.cluster.world_size,
+        virtual_pipeline_model_parallel_size=config.megatron.num_virtual_stages_per_pipeline_rank,
         sglang_tp_size=tp_size,
         sglang_tensor_parallel_size=tp_size,
         sglang_dp_size=engine.sglang_data_parallel_size,

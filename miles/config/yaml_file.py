@@ -85,6 +85,8 @@ def _read(flag: Flag, entry: Entry) -> Any:
         return entry.value if entry.key == flag.name else not entry.value
     if flag.kind == "json" and not isinstance(entry.value, str):
         return entry.value
+    if flag.kind == "pattern" and isinstance(entry.value, list):
+        return flag.read(str(entry.value))
     if flag.kind == "pairs":
         if isinstance(entry.value, dict):
             return {str(name): str(value) for name, value in entry.value.items()}

@@ -169,22 +169,21 @@ class CustomPgLossReducerFunction(Protocol):
     ) -> Callable[[torch.Tensor], torch.Tensor]: ...
 
 
-# ---- 17, 20: Megatron ---------------------------------------------------------------------------------------------
+# ---- 17, 20: inside the trainer -------------------------------------------------------------------------------------
 
 _MEGATRON = ("megatron",)
-_LIVE_MODEL = "It works on the live model of a Megatron trainer."
+_LIVE_MODEL = "It works on the live model of a trainer."
 
 
 @plug_point(
     flag="--custom-megatron-init-path",
-    when="Once per trainer process, at the end of Megatron's initialisation.",
-    help="Plug-in: end of Megatron init.",
+    when="Once per trainer process, at the end of its initialisation.",
+    help="Plug-in: end of the trainer's initialisation.",
     process="trainer",
-    backends=_MEGATRON,
     replay=_LIVE_MODEL,
 )
 class CustomMegatronInit(Protocol):
-    """Runs after model-parallel groups, seeds and tokenizer are set, before the model is built."""
+    """Runs after process groups and seeds are set, before the model is built."""
 
     def __call__(self, args: Namespace) -> None: ...
 
@@ -194,11 +193,10 @@ class CustomMegatronInit(Protocol):
     when="Once per forward-only pass, on every rank, under torch.no_grad.",
     help="Plug-in: before every forward-only pass.",
     process="trainer",
-    backends=_MEGATRON,
     replay=_LIVE_MODEL,
 )
 class CustomMegatronBeforeLogProbHook(Protocol):
-    """`model` is the list of model chunks; `store_prefix` is "ref_" in the reference pass, else ""."""
+    """`model` is the list of model chunks, with fsdp one; `store_prefix` is "ref_" in the reference pass, else ""."""
 
     def __call__(self, args: Namespace, model: list[torch.nn.Module], store_prefix: str) -> None: ...
 
@@ -208,7 +206,6 @@ class CustomMegatronBeforeLogProbHook(Protocol):
     when="Once per optimizer step, after gradients are zeroed, before the forward pass.",
     help="Plug-in: before every optimizer step.",
     process="trainer",
-    backends=_MEGATRON,
     replay=_LIVE_MODEL,
 )
 class CustomMegatronBeforeTrainStepHook(Protocol):
@@ -227,7 +224,7 @@ class CustomMegatronBeforeTrainStepHook(Protocol):
 
 @plug_point(
     flag="--custom-megatron-post-save-hook-path",
-    when="Once per checkpoint, after it is complete.",
+    when="Once per checkpoint on every rank, after it is complete and in force.",
     help="Plug-in: after a checkpoint is saved.",
     process="trainer",
     tolerates=(("drop", "the call is skipped"),),
@@ -235,7 +232,7 @@ class CustomMegatronBeforeTrainStepHook(Protocol):
     replay="It acts on a checkpoint, and on what is outside of the run.",
 )
 class CustomMegatronPostSaveHook(Protocol):
-    """`hf_checkpoint_dir` is None where no Hugging Face folder was written."""
+    """`checkpoint_dir` is the folder of this checkpoint, `hf_checkpoint_dir` its --save-hf folder or None."""
 
     def __call__(
         self, args: Namespace, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None

@@ -6,6 +6,7 @@
     algorithm  algorithm                                      advantages and loss
     serving    engine, router, pd                             what generates
     watching   tracking, debug, ci                            what a run tells
+    megatron   megatron                                       Megatron's own flags
     hooks      hooks                                          plug-in paths, from the catalogue
 
 Each field declares its default, help, check and whether this version can honour it (`miles.config.flags`). What depends
@@ -17,6 +18,7 @@ from __future__ import annotations
 from miles.config.flags import Flag, Section, flags_of
 from miles.config.sections.algorithm import AlgorithmConfig
 from miles.config.sections.hooks import DeclaredHooks, HooksConfig
+from miles.config.sections.megatron import MegatronConfig
 from miles.config.sections.place import ClusterConfig, FaultToleranceConfig, NetworkConfig, RunSettings
 from miles.config.sections.rollout import DataConfig, EvalConfig, RewardConfig, RolloutBufferConfig, RolloutConfig
 from miles.config.sections.serving import EngineConfig, PDConfig, RouterConfig
@@ -45,6 +47,7 @@ SECTIONS: dict[str, type[Section]] = {
     "mtp": MTPConfig,
     "pd": PDConfig,
     "ci": CIConfig,
+    "megatron": MegatronConfig,
 }
 """Section name -> class, in the order of `--help`."""
 
@@ -65,6 +68,7 @@ __all__ = [
     "FaultToleranceConfig",
     "HooksConfig",
     "MTPConfig",
+    "MegatronConfig",
     "NetworkConfig",
     "OptimizerConfig",
     "PDConfig",

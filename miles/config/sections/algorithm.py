@@ -61,7 +61,7 @@ class AlgorithmConfig(Section):
     use_rollout_entropy: bool = flag(
         False,
         "Compute the entropy in passes without gradients, too.",
-        status=no_meaning_here("the fsdp backend always reports it."),
+        status=no_meaning_here("it is always reported."),
     )
     reset_optimizer_states: bool = flag(False, "Forget the optimizer's moments before each rollout's training.")
 
@@ -84,12 +84,8 @@ class AlgorithmConfig(Section):
 
     value_clip: float = flag(0.2, "Clip range of the value loss.", check=at_least(0))
     num_critic_only_steps: int = flag(0, "First rollouts, which train the critic alone.", check=at_least(0))
-    use_routing_replay: bool = flag(
-        False, "Route tokens to the same experts in training as in the log-prob pass."
-    )
-    use_rollout_routing_replay: bool = flag(
-        False, "Route tokens to the experts that the engine has used."
-    )
+    use_routing_replay: bool = flag(False, "Route tokens to the same experts in training as in the log-prob pass.")
+    use_rollout_routing_replay: bool = flag(False, "Route tokens to the experts that the engine has used.")
     use_opsm: bool = flag(False, "Drop bad samples that are far off-policy.")
     opsm_delta: float = flag(1e-4, "Distance from which on they are dropped.")
 

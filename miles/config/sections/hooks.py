@@ -19,11 +19,8 @@ COMMON = (
     "rollout_function",
     "custom_loss_function",
 )
-BUILT_BACKENDS = ("fsdp",)
-
 NOT_CALLED = {
     "miles_router_middleware": "MilesRouter",
-    "custom_megatron_post_save_hook": "The hook after saving",
     "custom_agent_function": "Agentic generation",
 }
 """Plug points without a call site yet -> what is missing."""
@@ -41,11 +38,7 @@ class HooksConfig(Section):
 
 
 def _status(point: PlugPoint) -> Status:
-    if point.name in NOT_CALLED:
-        return not_built(NOT_CALLED[point.name])
-    if not set(point.backends) & set(BUILT_BACKENDS):
-        return not_built(f"The {' or '.join(point.backends)} backend")
-    return Status()
+    return not_built(NOT_CALLED[point.name]) if point.name in NOT_CALLED else Status()
 
 
 DeclaredHooks = make_dataclass(

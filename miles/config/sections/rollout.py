@@ -39,7 +39,7 @@ class RolloutConfig(Section):
     model_name: str | None = flag(
         None,
         "Name under which a weight converter is looked up.",
-        status=no_meaning_here("the fsdp backend trains the Hugging Face model; no weight is converted."),
+        status=no_meaning_here("converters follow from config.json."),
     )
     rollout_temperature: float = flag(
         1.0,
@@ -208,9 +208,9 @@ class RolloutBufferConfig(Section):
     )
     data_pad_size_multiplier: int = flag(
         128,
-        "Packed micro batches are padded to a multiple of this.",
+        "Packed micro batches are padded to a multiple of this and of the tensor-parallel size.",
         check=at_least(1),
-        status=no_meaning_here("packed micro batches are not padded."),
+        only="megatron",
     )
     disable_rollout_trim_samples: bool = flag(
         False, "Do not cut the samples of a rollout to a multiple of --global-batch-size."

@@ -12,7 +12,6 @@ from miles.config.flags import (
     PATH,
     Check,
     Section,
-    above,
     at_least,
     between,
     flag,
@@ -24,7 +23,8 @@ from miles.config.flags import (
 
 PROFILER = "Profiling the trainer"
 SNAPSHOTS = "Recording memory snapshots"
-NO_CONVERSION = "the fsdp backend trains the Hugging Face model; no weight is converted."
+OPTIMIZER = "OptimizerConfig"
+PUBLISHED = "published default of the project"
 BETA = Check("a value >= 0 and < 1", lambda v: 0 <= v < 1)
 
 
@@ -36,16 +36,12 @@ class TrainConfig(Section):
         "megatron",
         "Who computes the gradients.",
         common=True,
-        status=not_built("The Megatron backend", when=lambda v: v == "megatron"),
     )
     qkv_format: Literal["thd", "bshd"] = flag(
         "thd",
-        "Layout of a micro batch: thd packs the samples, bshd pads them.",
-        status=not_built("The padded layout, which belongs to the Megatron backend,"),
+        "Layout of a micro batch: thd packs the samples, bshd pads them (megatron only).",
     )
-    true_on_policy_mode: bool = flag(
-        False, "Make log-probs of trainer and engine bitwise equal, several times slower."
-    )
+    true_on_policy_mode: bool = flag(False, "Make log-probs of trainer and engine bitwise equal, several times slower.")
     train_env_vars: dict[str, Any] = flag(
         {},
         "Environment variables of the trainer's processes, where there are several.",
@@ -61,22 +57,23 @@ class TrainConfig(Section):
         True,
         "Keep no copies of the weights in main memory.",
         option="--disable-weights-backuper",
-        status=no_meaning_here("the fsdp backend keeps none."),
+        status=no_meaning_here("copies are kept where something reads them, and nowhere else."),
     )
     megatron_to_hf_mode: Literal["raw", "bridge"] = flag(
-        "raw", "Who converts Megatron weights.", status=no_meaning_here(NO_CONVERSION)
+        "raw", "Who converts Megatron weights: miles, or Megatron-Bridge.", only="megatron"
     )
     recompute_loss_function: bool = flag(
         False, "Recompute the loss in the backward pass instead of keeping its activations."
     )
     log_probs_chunk_size: int = flag(-1, "Tokens whose log-probs are computed at a time; the built-in size when <= 0.")
     padded_vocab_size: int | None = flag(
-        None, "Size that the vocabulary is padded to.", check=at_least(1), status=no_meaning_here(NO_CONVERSION)
+        None, "Size that the vocabulary is padded to.", check=at_least(1), only="megatron"
     )
     attn_implementation: str = flag(
         "flash_attention_2",
         "Attention of the Hugging Face model.",
         status=not_built("Another attention than sdpa", when=lambda v: v != "sdpa"),
+        only="fsdp",
     )
     gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass.", common=True)
     fp16: bool = flag(False, "Train in half precision.", status=not_built("Training in fp16"))
@@ -84,25 +81,33 @@ class TrainConfig(Section):
         False,
         "Gather checkpoints in main memory.",
         status=no_meaning_here("each process writes its own shards; nothing is gathered."),
+        only="fsdp",
     )
     fsdp_cpu_offload: bool = flag(
-        False, "Keep parameters and optimizer in main memory, where several trainer processes have GPUs."
+        False,
+        "Keep parameters and optimizer in main memory, where several trainer processes have GPUs.",
+        only="fsdp",
     )
     fsdp_param_dtype: Literal["float32", "bfloat16"] = flag(
         "float32",
         "What several trainer processes compute in; weights, optimizer and sums of gradients stay float32.",
+        only="fsdp",
     )
     fsdp_cpu_backend: str = flag(
         "gloo",
         "Communication library for tensors in main memory, beside nccl.",
         check=Check("gloo", lambda v: v == "gloo"),
+        only="fsdp",
     )
-    deterministic_mode: bool = flag(False, "Use deterministic kernels; on with --deterministic.")
+    deterministic_mode: bool = flag(
+        False, "Use deterministic kernels; on with --deterministic.", sets="TransformerConfig"
+    )
     context_parallel_size: int = flag(
         1,
-        "Processes that share the tokens of one sample.",
+        "Processes that share the tokens of one sample (megatron only).",
         check=at_least(1),
-        status=not_built("Context parallelism", when=above(1)),
+        common=True,
+        sets="TransformerConfig",
     )
     record_memory_history: bool = flag(False, "Record a memory snapshot.", status=not_built(SNAPSHOTS))
     memory_snapshot_path: str = flag("snapshot.pickle", "File of the snapshot.", status=not_built(SNAPSHOTS))
@@ -120,10 +125,15 @@ class OptimizerConfig(Section):
     """
 
     optimizer: str = flag(
-        "adam", "The optimizer; adam is AdamW.", check=Check("adam (which is AdamW)", lambda v: v == "adam")
+        "adam",
+        "The optimizer; adam is AdamW.",
+        check=Check("adam (which is AdamW)", lambda v: v == "adam"),
+        sets=OPTIMIZER,
     )
-    lr: float = flag(1e-6, "Learning rate.", check=at_least(0), common=True)
-    min_lr: float = flag(0.0, "Learning rate at the end of the decay.", check=at_least(0))
+    lr: float = flag(1e-6, "Learning rate.", check=at_least(0), common=True, sets=OPTIMIZER, deviates=PUBLISHED)
+    min_lr: float = flag(
+        0.0, "Learning rate at the end of the decay.", check=at_least(0), sets=OPTIMIZER, deviates=PUBLISHED
+    )
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag(
         "constant", "Shape of the decay.", common=True
     )
@@ -155,11 +165,15 @@ class OptimizerConfig(Section):
         check=between(0, 1),
         status=no_meaning_here("no backend reads it; --lr-warmup-fraction does that."),
     )
-    weight_decay: float = flag(0.0, "Decoupled weight decay.", check=at_least(0), common=True)
-    adam_beta1: float = flag(0.9, "Decay of the first moment.", check=BETA)
-    adam_beta2: float = flag(0.95, "Decay of the second moment.", check=BETA)
-    adam_eps: float = flag(1e-8, "Term that keeps the update finite.", check=more_than(0))
-    clip_grad: float = flag(1.0, "Largest norm of the gradient; 0 does not clip.", check=at_least(0), common=True)
+    weight_decay: float = flag(
+        0.0, "Decoupled weight decay.", check=at_least(0), common=True, sets=OPTIMIZER, deviates=PUBLISHED
+    )
+    adam_beta1: float = flag(0.9, "Decay of the first moment.", check=BETA, sets=OPTIMIZER)
+    adam_beta2: float = flag(0.95, "Decay of the second moment.", check=BETA, sets=OPTIMIZER, deviates=PUBLISHED)
+    adam_eps: float = flag(1e-8, "Term that keeps the update finite.", check=more_than(0), sets=OPTIMIZER)
+    clip_grad: float = flag(
+        1.0, "Largest norm of the gradient; 0 does not clip.", check=at_least(0), common=True, sets=OPTIMIZER
+    )
     critic_lr: float | None = flag(None, "Learning rate of the critic; --lr when unset.", check=at_least(0))
     critic_lr_warmup_iters: int = flag(0, "Warm-up steps of the critic.", check=at_least(0))
 
