@@ -14,7 +14,6 @@ from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from miles.batch import PackedBatch, TrainBatch

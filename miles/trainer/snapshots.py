@@ -8,8 +8,12 @@ keeps reading them, because no tensor is written.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from miles.config import RunConfig
 from miles.errors import CheckpointError
@@ -84,6 +88,25 @@ class OlderPolicies:
             self.served = self.backend.read_snapshot(folder / "served_actor", flag="--load")
         else:
             self.old = self.served = self.backend.snapshot()
+
+
+@contextmanager
+def holding(stored: Mapping[str, Tensor], snapshot: Mapping[str, Tensor]) -> Iterator[None]:
+    """Passes inside it run with the values of `snapshot`, by name; `stored` are the model's own, which come back.
+
+    The values are copied: FSDP and Megatron gather from memory that they know, so that pointing a parameter elsewhere
+    does nothing.
+    """
+    own = {name: tensor.detach().clone() for name, tensor in stored.items()}
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            tensor.copy_(snapshot[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in stored.items():
+                tensor.copy_(own[name])
 
 
 def write(backend: Backend, weights: Snapshot, folder: Path) -> None:

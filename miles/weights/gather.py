@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from miles.weights import Bucket, Shapes
 
+
 class Held(Mapping[str, Tensor]):
     """Implements `Weights` for tensors in memory, which are whole or shards (DTensor) over ranks. In one process, an
     engine may read them in place."""

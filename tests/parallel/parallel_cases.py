@@ -29,9 +29,10 @@ from miles.trainer.backend import StepResult
 from miles.trainer.critic import Critic, critic_optimizer
 from miles.trainer.fsdp.backend import FsdpBackend
 from miles.trainer.fsdp.model import owned_tensors
-from miles.trainer.fsdp.shard import cut_like, holding
+from miles.trainer.fsdp.shard import cut_like
 from miles.trainer.ranks import Ranks
 from miles.trainer.schedule import schedule_of
+from miles.trainer.snapshots import holding
 from miles.weights.gather import gathered
 
 STEPS, PER_STEP, GROUP = 3, 8, 4

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,15 +24,14 @@ from miles.loss.logprobs import linear_log_probs
 from miles.trainer.backend import LossFn, MicroLoss, ModelOutput, Record, Snapshot, StepResult
 from miles.trainer.fsdp import checkpoint, exact, moe
 from miles.trainer.fsdp.model import load_model, on_disk, owned_tensors, stored_tensors, use_value_head
+from miles.trainer.hf_folder import EXPORT_BUCKET_BYTES, write_hf
 from miles.trainer.packed_attention import Packing
 from miles.trainer.ranks import Ranks, own_device
 from miles.trainer.schedule import ParamScheduler, Schedule
-from miles.weights.gather import Held, gathered
+from miles.trainer.snapshots import holding
+from miles.weights.gather import Held
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-# Whole tensors that an export gathers at a time.
-EXPORT_BUCKET_BYTES = 512 * 1024**2
 
 
 class FsdpBackend:
@@ -207,8 +205,6 @@ class FsdpBackend:
     def using(self, snapshot: Snapshot) -> AbstractContextManager[None]:
         if self.ranks.mesh is None:
             return self._pointed_at(snapshot)
-        from miles.trainer.fsdp.shard import holding
-
         return holding(owned_tensors(self.model), snapshot)
 
     @contextmanager
@@ -284,21 +280,12 @@ class FsdpBackend:
             }
 
     def export_hf(self, folder: Path) -> None:
-        from miles.rollout.tokenizer import load_tokenizer
-
         # In the dtype of the folder that training started from: an export is a drop-in for it.
         config = type(self.model.config).from_pretrained(self.source)
         state = {
             name: tensor.to(config.dtype)
-            for bucket in gathered(owned_tensors(self.model), EXPORT_BUCKET_BYTES)
+            for bucket in self.weights().buckets(EXPORT_BUCKET_BYTES)
             for name, tensor in bucket.items()
         }
-        if self.ranks.rank != 0:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(folder)
-        tensors = checkpoint.contiguous(on_disk(self.model, state))
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        if self.model.can_generate():
-            self.model.generation_config.save_pretrained(folder)
-        load_tokenizer(self.source, trust_remote_code=True).save_pretrained(folder)
+        if self.ranks.rank == 0:
+            write_hf(folder, self.source, config, on_disk(self.model, state))

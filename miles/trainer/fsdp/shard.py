@@ -11,8 +11,6 @@ gradient that the loss adds to the projection arrives in the same parameter as t
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,24 +61,6 @@ def reshard(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@contextmanager
-def holding(stored: Mapping[str, Tensor], snapshot: Mapping[str, Tensor]) -> Iterator[None]:
-    """Passes inside it run with the shards of `snapshot`, by name; `stored` are the model's own, which come back.
-
-    The values are copied: FSDP gathers from memory that it knows, so that pointing a parameter elsewhere does nothing.
-    """
-    own = {name: tensor.detach().clone() for name, tensor in stored.items()}
-    with torch.no_grad():
-        for name, tensor in stored.items():
-            tensor.copy_(snapshot[name])
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, tensor in stored.items():
-                tensor.copy_(own[name])
 
 
 def cut_like(whole: Tensor, shards: Tensor) -> Tensor:

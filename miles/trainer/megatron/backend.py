@@ -11,12 +11,10 @@ a gradient: experts and pipelines need all of them.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -40,7 +37,8 @@ from miles.trainer.backend import (
     Snapshot,
     StepResult,
 )
-from miles.trainer.megatron import convert
+from miles.trainer.hf_folder import EXPORT_BUCKET_BYTES, write_hf
+from miles.trainer.megatron import checkpoint, convert
 from miles.trainer.megatron.inputs import Inputs, arrange
 from miles.trainer.megatron.model import GPT, Provider, Role, Vocabulary, chunks, own_provider, unwrapped, wrapped
 from miles.trainer.megatron.output import HiddenOutput, LogitsOutput
@@ -49,6 +47,8 @@ from miles.trainer.megatron.routing import Routers
 from miles.trainer.megatron.settings import MegatronSettings
 from miles.trainer.ranks import Ranks, own_device
 from miles.trainer.schedule import ParamScheduler, Schedule
+from miles.trainer.snapshots import holding
+from miles.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class MegatronBackend:
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = ParamScheduler(self.optimizer, Schedule(max_lr=optimizer.lr))
+        self._saver = checkpoint.Saver()
+        self._exporter: convert.Exporter | None = None
 
     def use_schedule(self, schedule: Schedule) -> None:
         self.scheduler = ParamScheduler(self.optimizer, schedule)
@@ -297,3 +299,68 @@ class MegatronBackend:
     def skip_step(self) -> StepResult:
         self.zero_grad()
         return StepResult(math.nan, self.scheduler.lr, skipped=True)
+
+    def reset_optimizer(self) -> None:
+        for part in self.optimizer.chained_optimizers:
+            for state in part.optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    def weights(self) -> Weights:
+        if self._exporter is None:
+            self._exporter = convert.Exporter(self.settings.folder, self._models(), self.config, experts="stacked")
+        return self._exporter
+
+    def _models(self) -> list[Any]:
+        return [unwrapped(chunk) for chunk in self.model_chunks]
+
+    def _own(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in convert.local_parameters(self.model_chunks).items()}
+
+    def snapshot(self) -> Snapshot:
+        return {name: tensor.clone() for name, tensor in self._own().items()}
+
+    def using(self, snapshot: Snapshot) -> AbstractContextManager[None]:
+        return holding(self._own(), snapshot)
+
+    def read_snapshot(self, folder: Path, *, flag: str) -> Snapshot:
+        if (folder / "config.json").is_file():
+            found = convert.read_hf(folder, self._models(), self.config, flag=flag)
+            return {name: tensor.to(self.device) for name, tensor in found.items()}
+        with self.using(self._own()):
+            checkpoint.load(folder, self.model_chunks, None, flag=flag)
+            return self.snapshot()
+
+    def write_snapshot(self, snapshot: Snapshot, folder: Path) -> None:
+        with self.using(snapshot):
+            checkpoint.Saver().save(folder, self.model_chunks, None, 0, background=False)
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
+        optimizer = self.optimizer if with_optimizer else None
+        self._saver.save(folder, self.model_chunks, optimizer, self.scheduler.num_steps, background=background)
+
+    def finish_saving(self) -> None:
+        self._saver.finish()
+
+    def load(self, folder: Path, *, with_optimizer: bool) -> None:
+        steps = checkpoint.load(folder, self.model_chunks, self.optimizer if with_optimizer else None)
+        if steps is None:
+            self.optimizer.reload_model_params()
+        else:
+            self.scheduler.load_state_dict({"num_steps": steps})
+
+    def export_hf(self, folder: Path) -> None:
+        """In the dtype of the folder that training started from: an export is a drop-in for it."""
+        exporter = convert.Exporter(self.settings.folder, self._models(), self.config, experts="each")
+        tensors = {
+            name: tensor.to(self.hf_config.dtype or tensor.dtype, copy=True)
+            for bucket in exporter.buckets(EXPORT_BUCKET_BYTES)
+            for name, tensor in bucket.items()
+        }
+        if self.ranks.rank == 0:
+            write_hf(folder, self.settings.folder, self.hf_config, tensors)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -160,6 +161,7 @@ def install(patches: tuple[Patch, ...] = PATCHES) -> None:
     """Apply what is not applied yet. Nothing happens where CUDA is available."""
     if torch.cuda.is_available():
         return
+    _device_constructors()  # remembers the factories as they are now: `with torch.device("meta")` goes on to work
     for patch in patches:
         if patch not in _installed:
             setattr(patch.owner, patch.name, patch.make(getattr(patch.owner, patch.name)))

@@ -117,7 +117,6 @@ def chunks(
     role: Role,
     seed: int,
     device: torch.device,
-    tied: bool,
 ) -> list[Any]:
     """One module per virtual stage, on `device`; not wrapped yet (`wrapped`)."""
     made = []

@@ -44,7 +44,23 @@ class MegatronSettings:
 
     @staticmethod
     def of(config: RunConfig) -> MegatronSettings:
-        raise NotImplementedError
+        """Of a run; values of Megatron's enumerations and of torch's types come as text and are turned into those."""
+        megatron, train = config.megatron, config.train
+        divisible_by = megatron.make_vocab_size_divisible_by if config.origins["make_vocab_size_divisible_by"] != "default" else 1
+        return MegatronSettings(
+            str(config.rollout.hf_checkpoint),
+            config.layout,
+            config.overrides("TransformerConfig"),
+            config.overrides("DistributedDataParallelConfig"),
+            config.overrides("OptimizerConfig"),
+            bf16=bool(megatron.bf16),
+            qkv_format=train.qkv_format,
+            vocab_divisible_by=divisible_by,
+            padded_vocab_size=train.padded_vocab_size,
+            replay=config.algorithm.use_routing_replay,
+            bridge=train.megatron_to_hf_mode == "bridge",
+            transformer_engine=megatron.transformer_impl == "transformer_engine",
+        )
 
     @property
     def dtype(self) -> torch.dtype:
