@@ -89,6 +89,7 @@ def start(rank: int, size: int, store: Path) -> None:
         from megatron.core.transformer.moe import moe_utils
 
         CudaRNGStatesTracker.fork = lambda *_, **__: nullcontext()
+        torch.Tensor.cuda = lambda self, *_, **__: self
         moe_utils.te_general_gemm = None
     dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
 
