@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from megatron_models import FAMILIES, Split, build, logits, start
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from miles.errors import CheckpointError
 from miles.trainer.megatron.convert import Exporter, load_hf, local_parameters, read_hf
@@ -43,6 +46,9 @@ CASES: dict[int, dict[str, Case]] = {
         "pp2 moe and dense": Case("moe and dense", Split(pipeline=2)),
         "vpp2 qwen2": Case("qwen2", Split(pipeline=2, virtual=2)),
         "vpp2 tied": Case("llama tied", Split(pipeline=2, virtual=2)),
+        "pp2 uneven": Case("qwen2", Split(pipeline=2, first_stage_layers=1)),
+        "pp2 of one's own": Case("llama", Split(pipeline=2, stages="Ettt|tL")),
+        "vpp2 of one's own": Case("moe and dense", Split(pipeline=2, virtual=2, stages="E|tt|t|tL")),
         "ep2 moe": Case("moe", Split(expert=2)),
         "dp2 llama": Case("llama", Split()),
     },
@@ -108,6 +114,42 @@ def with_own_head(folder: Path) -> dict[str, Any]:
     kept = all(torch.equal(p, q) for p, q in zip(head.parameters(), before))
     names = [name for bucket in exporter.buckets(1 << 30) for name in bucket]
     return {"kept": kept, "names": names, "read": list(read_hf(folder / "qwen2", chunks, config, own_head=True))}
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that were alive at a time, of what was made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[ReferenceType[Tensor]] = []
+        self.apart: set[int] = set()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen = [ref(t) for t in (r() for r in self.seen) if t is not None]
+        self.seen += [ref(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
+        storages = {}
+        for reference in self.seen:
+            storage = reference().untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        self.bytes = max(self.bytes, sum(n for at, n in storages.items() if at not in self.apart))
+        return out
+
+
+def memory(folder: Path) -> dict[str, Any]:
+    """Peaks of this rank, per size of the buckets."""
+    found: dict[str, Any] = {}
+    for family, split in (("qwen3", Split(tensor=2, pipeline=2)), ("moe", Split(tensor=2, expert=2, sequence=True))):
+        chunks, config = build(folder / family, split)
+        exporter = Exporter(folder / family, chunks, config, experts="stacked")
+        for size in (4_000, 20_000):
+            with Peak() as peak:
+                peak.apart = {p.untyped_storage().data_ptr() for p in chunks[0].parameters()}
+                for bucket in exporter.buckets(size):
+                    bucket.clear()
+            found[f"{family} {size}"] = peak.bytes
+    return found
 
 
 class Wrapper(nn.Module):
@@ -182,6 +224,8 @@ def main(rank: int, size: int, folder: Path) -> None:
         torch.save(wrapped_in_bfloat16(folder), folder / "bfloat16.pt")
         torch.save(otherwise_stored(folder), folder / "stored.pt")
         torch.save(other_spelling(folder), folder / "spelled.pt")
+    if size == 4:
+        torch.save(memory(folder), folder / f"memory {rank}.pt")
     if size < 4:
         bad = BAD if size == 1 else BAD_OF_TWO
         torch.save({n: refused(folder, folder / f"bad {n}") for n in bad}, folder / f"refused {size} {rank}.pt")

@@ -140,6 +140,15 @@ def test_buckets_hold_at_most_their_bytes(left: Path) -> None:
     assert len(found[f"each {BUCKETS[-1]}"]) == 1
 
 
+@pytest.mark.parametrize("bucket_bytes", [4_000, 20_000])
+@pytest.mark.parametrize("family", ["qwen3", "moe"])
+def test_memory_is_one_bucket_and_the_largest_parameter(family: str, bucket_bytes: int, left: Path) -> None:
+    largest = (4 + 2 + 2) * 16 * 32 if family == "qwen3" else 4 * 2 * 24 * 32  # queries, keys, values; all experts
+    peaks = [torch.load(left / f"memory {rank}.pt")[f"{family} {bucket_bytes}"] for rank in range(4)]
+    assert bucket_bytes < peaks[0] <= bucket_bytes + 4 * largest
+    assert all(peak < peaks[0] for peak in peaks[1:])
+
+
 @pytest.mark.parametrize(("case", "size"), EVERY)
 def test_reading_is_loading_without_the_model(case: str, size: int, left: Path) -> None:
     for rank in range(size):

@@ -118,11 +118,12 @@ class Exporter:
         empty buckets.
 
         Every rank must run it to its end. Tensors may be views of the live parameters: what is kept while training
-        goes on must be copied.
+        goes on must be copied. A loop that holds a bucket while it asks for the next has two in memory.
         """
-        room = max(1, min(bucket_bytes // self._dtype.itemsize, max(unit.numel for unit in self._units)))
+        room = min(bucket_bytes // self._dtype.itemsize, max(unit.numel for unit in self._units))
+        buffer = torch.empty(self._longest_transfer(room), dtype=self._dtype, device=self._device)
         for units in self._filled(bucket_bytes // self._dtype.itemsize):
-            yield self._bucket(units, room)
+            yield self._bucket(units, room, buffer)
 
     def _in_units(self) -> list[Unit]:
         units: dict[str, Unit] = {}
@@ -145,7 +146,7 @@ class Exporter:
             filled += unit.numel
         yield units
 
-    def _bucket(self, units: list[Unit], room: int) -> Bucket:
+    def _bucket(self, units: list[Unit], room: int, buffer: Tensor) -> Bucket:
         receives = self._ranks.is_zero
         wholes: Bucket = {}
         travelling = []
@@ -154,11 +155,8 @@ class Exporter:
             travelling += moved
             if receives:
                 wholes |= self._begun(unit, views=not moved)
-        transfers = [t for t in self._transfers(travelling, room) if self._takes_part(t)]
-        if transfers:
-            largest = max(self._group_size(t.lane) * t.numel for t in transfers) if self._ranks.is_first else 0
-            buffer = torch.empty(largest, dtype=self._dtype, device=self._device)
-            for transfer in transfers:
+        for transfer in self._transfers(travelling, room):
+            if self._takes_part(transfer):
                 self._run(transfer, buffer, wholes)
         return wholes
 
@@ -235,6 +233,18 @@ class Exporter:
                 transfer.filled[holder] += (end - begin) * width
                 begin = end
         yield from open_.values()
+
+    def _longest_transfer(self, room: int) -> int:
+        """Elements that the first of a stage may have to hold: `room`, or one row of every part; 0 for others."""
+        if not self._ranks.is_first:
+            return 0
+        shapes = [
+            (self._group_size(self._lane(p)), p.shape(self._model.tensor_size(p))[1:])
+            for unit in self._units
+            for p in unit.parameters
+            if not self._is_at_zero(p)
+        ]
+        return max((max(room, size * prod(columns)) for size, columns in shapes), default=0)
 
     def _empty(self, stage: int, lane: Lane) -> Transfer:
         return Transfer(stage, lane, [0] * (self._model.expert_size if lane == "expert" else 1))
