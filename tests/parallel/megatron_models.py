@@ -66,6 +66,8 @@ class Split:
     virtual: int | None = None
     expert: int = 1
     sequence: bool = False
+    first_stage_layers: int | None = None
+    stages: str | None = None  # Megatron's notation, as "Et|tttL"
 
 
 class Norm(nn.Module):
@@ -89,6 +91,7 @@ def start(rank: int, size: int, store: Path) -> None:
         from megatron.core.transformer.moe import moe_utils
 
         CudaRNGStatesTracker.fork = lambda *_, **__: nullcontext()
+        torch.Tensor.cuda = lambda self, *_, **__: self
         moe_utils.te_general_gemm = None
     dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
 
@@ -148,6 +151,7 @@ def transformer_config(hf: Any, split: Split) -> Any:
         "use_cpu_initialization": True, "tensor_model_parallel_size": split.tensor, "pipeline_dtype": torch.float32,
         "pipeline_model_parallel_size": split.pipeline, "virtual_pipeline_model_parallel_size": split.virtual,
         "expert_model_parallel_size": split.expert, "sequence_parallel": split.sequence,
+        "num_layers_in_first_pipeline_stage": split.first_stage_layers, "pipeline_model_parallel_layout": split.stages,
         "bias_dropout_fusion": False, "bias_activation_fusion": False, "masked_softmax_fusion": False,
         "apply_rope_fusion": False, "gradient_accumulation_fusion": False, "persist_layer_norm": False,
     }  # fmt: skip

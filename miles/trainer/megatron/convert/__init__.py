@@ -5,13 +5,15 @@
     layout.py     the rules over a whole model: which rank holds what
     folder.py     config.json and slices of *.safetensors
     load.py       folder -> local parameters
+    export.py     local parameters of all ranks -> whole tensors on rank 0, bucket after bucket
 
 `rules` and `families` import no Megatron; nothing here imports the backend.
 """
 
 from __future__ import annotations
 
+from miles.trainer.megatron.convert.export import Exporter
 from miles.trainer.megatron.convert.layout import local_parameters
 from miles.trainer.megatron.convert.load import load_hf, read_hf
 
-__all__ = ["load_hf", "local_parameters", "read_hf"]
+__all__ = ["Exporter", "load_hf", "local_parameters", "read_hf"]
