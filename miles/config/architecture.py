@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -181,14 +182,13 @@ def fill_architecture(draft: Draft) -> None:
 
 def _refuse_contradictions(draft: Draft, values: dict[str, Any], folder: str) -> None:
     wrong = [
-        f"{_shown(draft, name)}: config.json says {value if not isinstance(value, bool) else str(value).lower()}"
+        f"{_shown(draft, name)}: config.json says {'none' if value is None else json.dumps(value)}"
         for name, value in values.items()
         if draft.given(name) and name not in FREE and draft[name] != value
     ]
     if wrong:
         flag_text, _, rest = "\n".join(wrong).partition(": ")
-        remedy = f"\nLeave out what describes the model: it is read from {folder}."
-        raise FlagError(flag_text, given=rest, remedy=remedy)
+        raise FlagError(flag_text, given=f"{rest}\nLeave out what describes the model: it is read from {folder}.")
 
 
 def _shown(draft: Draft, name: str) -> str:

@@ -50,7 +50,7 @@ CHAPTERS = (
     Chapter("Data source", ("data_source",)),
     Chapter("Evaluation function", ("eval_function",)),
     Chapter(
-        "Hooks of the Megatron trainer",
+        "Hooks inside the trainer",
         (
             "custom_megatron_init",
             "custom_megatron_before_log_prob_hook",
@@ -254,7 +254,7 @@ ENTRIES = {
         ("problems made on the fly", "a curriculum", "mixtures with changing weights", "a queue that others fill"),
     ),
     "custom_megatron_init": Entry(
-        "Once per trainer process, when Megatron is ready and no model exists yet.",
+        "Once per trainer process, when process groups and seeds are set and no model exists yet.",
         ("settings of libraries", "patches that must be there before the model", "connections to other services"),
     ),
     "custom_megatron_before_log_prob_hook": Entry(
@@ -267,16 +267,16 @@ ENTRIES = {
         ("freezing by schedule", "a schedule of one's own", "noise, averaging of weights"),
         {
             "step_id": "number of the step in its rollout, from 0",
-            "optimizer": "Megatron's optimizer",
-            "opt_param_scheduler": "Megatron's scheduler of the learning rate",
+            "optimizer": "the optimizer, of Megatron-Core or of PyTorch",
+            "opt_param_scheduler": "what sets the learning rate",
         },
     ),
     "custom_megatron_post_save_hook": Entry(
-        "When a checkpoint is complete.",
+        "When a checkpoint is complete and a resumed run would take it.",
         ("copying it away", "starting an evaluation elsewhere", "deleting old ones"),
         {
             "checkpoint_dir": "the folder of the checkpoint",
-            "hf_checkpoint_dir": "the folder in the format of Hugging Face, or None",
+            "hf_checkpoint_dir": "the folder that `--save-hf` wrote with it, or None",
         },
     ),
     "miles_router_middleware": Entry(
@@ -285,7 +285,7 @@ ENTRIES = {
         {"app": "what the request goes to next", "router": "the router, with its engines"},
     ),
     "custom_model_provider": Entry(
-        "Builds the model in place of Megatron's own.",
+        "Builds the model in place of the one that config.json describes, with `--train-backend megatron`.",
         ("other heads and layers", "frozen parts", "models that Megatron does not know"),
         {
             "pre_process": "whether this chunk has the embeddings",

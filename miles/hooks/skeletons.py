@@ -306,25 +306,22 @@ assert source.get_samples(1) == groups[:1]
         whole=True,
     ),
     "custom_megatron_init": Skeleton(
-        "published", 'print("Megatron is initialised")\n', "hook(Namespace())\n", flags=None
+        "published", 'print("the trainer is initialised")\n', "hook(Namespace())\n"
     ),
     "custom_megatron_before_log_prob_hook": Skeleton(
         "published",
         'print(f"log-probs of the {store_prefix or \'actor\'} pass, {len(model)} model chunks")\n',
         'hook(Namespace(), [], "ref_")\n',
-        flags=None,
     ),
     "custom_megatron_before_train_step_hook": Skeleton(
         "published",
         'print(f"rollout {rollout_id}, step {step_id}")\n',
         "hook(Namespace(), 0, 0, [], None, None)\n",
-        flags=None,
     ),
     "custom_megatron_post_save_hook": Skeleton(
         "published",
         'print(f"saved rollout {rollout_id} in {checkpoint_dir}")\n',
         'hook(Namespace(), 0, "ckpt", None)\n',
-        flags=None,
     ),
     "custom_model_provider": Skeleton(
         "published",
@@ -344,7 +341,7 @@ return GPTModel(
     post_process=post_process,
 )
 """,
-        flags=None,
+        flags="--train-backend megatron",
     ),
     "miles_router_middleware": Skeleton(
         "class",

@@ -16,7 +16,7 @@ def test_called_as_the_catalogue_says() -> None:
     seen.clear()
     for prefix in ("ref_", ""):
         hook(Namespace(), ["chunk"], prefix)
-    assert seen == ["ref_", ""] and hook.form == "published" and hook.point.backends == ("megatron",)
+    assert seen == ["ref_", ""] and hook.form == "published" and hook.point.backends == ("fsdp", "megatron")
 
 
 def test_too_few_parameters_are_found_before_the_start() -> None:

@@ -15,7 +15,7 @@ def test_called_as_the_catalogue_says() -> None:
     seen = hook.target.__globals__["SEEN"]
     seen.clear()
     hook(Namespace(), 7, 1, ["chunk"], "optimizer", "scheduler")
-    assert seen == [(7, 1)] and hook.form == "published" and hook.point.backends == ("megatron",)
+    assert seen == [(7, 1)] and hook.form == "published" and hook.point.backends == ("fsdp", "megatron")
 
 
 def test_too_few_parameters_are_found_before_the_start() -> None:

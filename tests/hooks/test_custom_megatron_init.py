@@ -1,4 +1,4 @@
-"""--custom-megatron-init-path: `(args)`, bound and checked; the Megatron trainer calls it."""
+"""--custom-megatron-init-path: `(args)`, bound and checked; trainers of both backends call it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_called_as_the_catalogue_says() -> None:
     seen = hook.target.__globals__["SEEN"]
     seen.clear()
     assert hook(ARGS) is None and seen == ["init"] and hook.form == "published"
-    assert hook.point.backends == ("megatron",) and hook.point.process == "trainer"
+    assert hook.point.backends == ("fsdp", "megatron") and hook.point.process == "trainer"
 
 
 def test_a_coroutine_is_refused_before_and_while_the_run_goes() -> None:

@@ -4,6 +4,7 @@
     megatron_trainer    parallelism, precision, memory, optimizer, checkpoints
     megatron_unbuilt    what is refused
 
+Only the section as a whole is instantiated, so its parts have no constructors of their own (`--help` must stay quick).
 A row says which field of Megatron-Core's dataclasses a flag sets; `RunConfig.overrides` gathers them.
 """
 

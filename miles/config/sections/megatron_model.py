@@ -34,7 +34,7 @@ BALANCING_LOSS = "A load-balancing loss of the experts"
 ONE_BY_ONE = no_meaning_here("the experts are computed one after another.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class MegatronModel(Section):
     """The decoder."""
 
@@ -87,7 +87,7 @@ class MegatronModel(Section):
     init_method_std: float = megatron_flag(0.02, "Spread of random weights.", status=FROM_CHECKPOINT, sets=TRANSFORMER)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class MegatronExperts(Section):
     """Mixtures of experts."""
 

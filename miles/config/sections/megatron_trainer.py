@@ -25,7 +25,7 @@ NAN_POLICY = no_meaning_here("--nan-policy says what becomes of such a step.")
 BY_MACHINE = "Megatron's launch default; switched off where the machine lacks the kernel"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class MegatronParallel(Section):
     """How many processes share what. --context-parallel-size is a flag of the trainer."""
 
@@ -94,7 +94,7 @@ class MegatronParallel(Section):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class MegatronNumerics(Section):
     """Precision, recomputation, fused kernels."""
 
@@ -193,7 +193,7 @@ class MegatronNumerics(Section):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class MegatronOptimizer(Section):
     """What the optimizer shards and overlaps. Learning rate and AdamW are flags of the trainer."""
 
@@ -248,7 +248,7 @@ class MegatronOptimizer(Section):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class MegatronRest(Section):
     """Checkpoints, and what launch scripts give although the run decides it otherwise."""
 

@@ -253,5 +253,8 @@ MegatronUnbuilt = make_dataclass(
     namespace={"__module__": __name__},  # where pickle finds it
     frozen=True,
     kw_only=True,
+    init=False,
+    repr=False,
+    eq=False,
 )  # fmt: skip
 """One field per row, in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -43,3 +44,26 @@ def write(folder: Path, text: str, name: str = "run.yaml") -> str:
     path = folder / name
     path.write_text(text)
     return str(path)
+
+
+MODEL = {
+    "vocab_size": 53, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "max_position_embeddings": 128,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "tie_word_embeddings": True, "hidden_act": "silu",
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+
+
+def model_folder(path: Path, architecture: str, **changed: object) -> str:
+    """A folder with the config.json of a small model, and without weights."""
+    experts = EXPERTS if architecture == "Qwen3MoeForCausalLM" else {}
+    config = {"architectures": [architecture], **MODEL, **experts, **changed}
+    (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    return str(path)
+
+
+def settings_of_model(path: Path, architecture: str, *flags: str, **changed: object) -> RunConfig:
+    """A run with --train-backend megatron that trains such a model."""
+    return settings(
+        "--train-backend", "megatron", "--hf-checkpoint", model_folder(path, architecture, **changed), *flags
+    )

@@ -67,7 +67,7 @@ REFUSALS = [
     (["--n_samples_per_prompt", "2"], "--n_samples_per_prompt: no such flag. Did you mean --n-samples-per-prompt"),
     (["--batch-size", "2"], "--batch-size: no such flag. Did you mean --micro-batch-size"),
     (["--group"], "--group: no such flag."),
-    (["--swiglu"], "Megatron's own flags come with its backend"),
+    (["--moe-layer-freq", "[0]*3+"], "--moe-layer-freq: expected a whole number, or one per layer such as"),
     (["--sglang-tp-size", "2"], "--sglang-tp-size: miles sets this itself. Use --rollout-num-gpus-per-engine."),
 ]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from miles.config.draft import Draft
-from miles.config.flags import Flag
-from miles.config.sections import FLAGS
+from miles.config.flags import Flag, flags_of
+from miles.config.sections import FLAGS, SECTIONS
 
 PUBLISHED: list[dict[str, Any]] = json.loads((Path(__file__).parent / "published_flags.json").read_text())
 OURS = {flag.option: flag for flag in FLAGS.values()}
@@ -28,6 +28,8 @@ def type_text(flag: Flag) -> str:
         return f"store_false dest={flag.name}"
     if flag.kind == "json":
         return "json.loads"
+    if flag.kind == "pattern":
+        return "int or list of int"
     text = flag.kind + (" nargs=+" if flag.many else "")
     return f"{text} [{', '.join(flag.choices)}]" if flag.choices else text
 
@@ -75,6 +77,21 @@ def test_attribute_is_the_flag_except_for_flags_that_turn_something_off() -> Non
         flag = OURS[row["flag"]]
         if flag.kind != "false":
             assert flag.name == flag.option.removeprefix("--").replace("-", "_")
+
+
+def test_megatrons_flags_are_frozen_too() -> None:
+    """Names and attributes are those of Megatron's launch scripts; a changed row is a changed promise."""
+    frozen = json.loads((Path(__file__).parent / "megatron_flags.json").read_text())
+    ours = flags_of(SECTIONS["megatron"])
+    assert [row["flag"] for row in frozen] == [flag.option for flag in ours]
+    for row, flag in zip(frozen, ours):
+        assert row == {"flag": flag.option, "type": type_text(flag), "default": flag.default, "sets": list(flag.sets)}
+
+
+def test_no_flag_is_declared_twice() -> None:
+    declared = [flag for section in SECTIONS.values() for flag in flags_of(section)]
+    spellings = [spelling for flag in declared for spelling in (flag.option, *flag.aliases)]
+    assert len({flag.name for flag in declared}) == len(declared) and len(set(spellings)) == len(spellings)
 
 
 def test_every_flag_has_a_help_sentence() -> None:

@@ -122,7 +122,7 @@ def test_undeclared_server_flags(tmp_path: Path) -> None:
     assert any(n.startswith("--router-policy") for n in config.notices)
 
 
-SAMPLE_VALUES = {"int": "1", "float": "1", "str": "text", "json": '{"a": 1}', "pairs": "a=b"}
+SAMPLE_VALUES = {"int": "1", "float": "1", "str": "text", "json": '{"a": 1}', "pairs": "a=b", "pattern": "2"}
 
 
 @pytest.mark.parametrize(

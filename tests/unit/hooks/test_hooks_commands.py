@@ -26,13 +26,14 @@ def plugin(tmp_path: Path) -> str:
     file = tmp_path / "checked_plugins.py"
     file.write_text(
         "def grade(args, sample):\n    return 1.0\n\n\nclass Judge:\n    async def __call__(self, args, sample):\n"
-        "        return 1.0\n\n\ndef init(args):\n    pass\n"
+        "        return 1.0\n\n\ndef provide(pre_process, post_process):\n    pass\n"
     )
     return str(file)
 
 
 def test_check_prints_what_was_bound(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
-    args = Namespace(custom_rm_path=f"{plugin}:grade", custom_megatron_init_path=f"{plugin}:init", train_backend="fsdp")
+    provider = f"{plugin}:provide"
+    args = Namespace(custom_rm_path=f"{plugin}:grade", custom_model_provider_path=provider, train_backend="fsdp")
     assert bound_main(config(hook_policy={"custom-rm": "drop"}), args) == 0
     shown = capsys.readouterr().out
     assert "note: 8 GPUs are not here: 1 CPU" in shown
@@ -47,7 +48,7 @@ def test_check_prints_what_was_bound(plugin: str, capsys: pytest.CaptureFixture[
         f"{plugin}:1",
         "drop",
     ]
-    assert "--custom-megatron-init-path is never called with --train-backend fsdp" in shown
+    assert "--custom-model-provider-path is never called with --train-backend fsdp" in shown
     assert "2 plug-ins bound, no problems." in shown
 
 
