@@ -60,5 +60,5 @@ class _ExactLogProbs(LinearLogProbs):
                 entropy[part] = -(log_p.exp() * log_p).sum(-1).float()
         ctx.temperature, ctx.chunk_tokens, ctx.wide = temperature, chunk_tokens, torch.float32
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, targets, normalizers, entropy, None)
+        ctx.save_for_backward(hidden, weight, targets, normalizers, entropy, None, None)
         return log_probs, entropy

@@ -3,8 +3,8 @@
 `linear_log_probs` fuses the projection to the vocabulary with the softmax, a chunk of tokens at a time: no [T, V]
 tensor outlives a chunk, forward or backward. `log_probs_from_logits` is the plain version for logits that exist anyway.
 
-The softmax runs in float32 (float64 for float64 inputs), whatever the dtype of the projection. A backend whose
-vocabulary is cut over tensor-parallel ranks brings its own versions with these signatures.
+The softmax runs in float32 (float64 for float64 inputs), whatever the dtype of the projection. A vocabulary that is cut
+over tensor-parallel ranks is the part of `miles.loss.vocab_parallel`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class LinearLogProbs(torch.autograd.Function):
         log_probs -= normalizers
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, targets, normalizers, entropy, buffers.first if keep else None)
+        ctx.save_for_backward(hidden, weight, targets, normalizers, entropy, buffers.first if keep else None, None)
         return log_probs, entropy
 
     @staticmethod
@@ -114,7 +114,8 @@ class LinearLogProbs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        hidden, weight, targets, normalizers, entropy, kept = ctx.saved_tensors
+        # `here` bool [T] or None: whether the row of the target is in this `weight`; None where all of them are.
+        hidden, weight, targets, normalizers, entropy, kept, here = ctx.saved_tensors
         wide = normalizers.dtype
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
@@ -137,8 +138,11 @@ class LinearLogProbs(torch.autograd.Function):
                 pull = torch.add(log_p, entropy[part, None], out=None if kept is not None else log_p)
                 pull.mul_(grad_entropy[part, None])
                 grad_z.mul_(pull if grad_log_probs is None else pull.add_(grad_log_probs[part, None])).neg_()
-            if grad_log_probs is not None:
-                grad_z.scatter_add_(-1, targets[part, None], grad_log_probs[part, None])
+            if grad_log_probs is not None and len(weight):
+                at_target = grad_log_probs[part, None]
+                if here is not None:
+                    at_target = at_target.masked_fill(~here[part, None], 0.0)
+                grad_z.scatter_add_(-1, targets[part, None], at_target)
             if ctx.temperature != 1.0:
                 grad_z.div_(ctx.temperature)
             grad_logits = grad_z.to(weight.dtype)

@@ -18,6 +18,9 @@ class ParallelState:
     process without torch.distributed): sizes are then 1 and nothing needs reducing. Mutable, because backends with
     pipeline or device-mesh specifics set further attributes.
 
+    `vocab_size` is the number of tokens that exist, where the projection has more rows: a vocabulary that is cut over
+    `tp_size` ranks is padded to equal parts, and the rows at its end belong to no token. None: every row is one.
+
     Example, the second of two data-parallel processes: `dp_rank=1, dp_size=2, dp_cp_rank=1, dp_cp_size=2`, all other
     sizes 1.
     """
@@ -40,6 +43,7 @@ class ParallelState:
     vpp_size: int = 1
     microbatch_group_size_per_vp_stage: int | None = None
     dp_mesh: DeviceMesh | None = None
+    vocab_size: int | None = None
 
     @staticmethod
     def single_process() -> ParallelState:
