@@ -435,6 +435,45 @@ def run(name: str, layout: str | None, state: ParallelState = ALONE) -> Result:
     return case.run(problem(layout, case.dtype), state, **case.given)
 
 
+# ---- other things that ranks find out --------------------------------------------------------------------------------
+
+
+def largest_tensor(state: ParallelState) -> int:
+    """Elements of the largest tensor that 400 tokens make in chunks of 40, with 2,000 rows on this rank."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    hidden, weight = torch.ones(400, 2, requires_grad=True), torch.ones(2000, 2, requires_grad=True)
+    with Watch():
+        got = linear_log_probs(
+            hidden, weight, torch.arange(400), with_entropy=True, chunk_tokens=40,
+            group=state.tp_group, first_row=2000 * state.tp_rank,
+        )  # fmt: skip
+        pull_of(got.log_probs, got.entropy, 400).backward()
+    return largest
+
+
+def cut_by_megatron(state: ParallelState) -> tuple[list[int], list[int]]:
+    """This rank's tokens of the rows, as we cut them and as Megatron cuts each of the padded rows."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    share = local_share(state, [total for total, _ in ROWS], [n for _, n in ROWS], "cpu")
+    tokens = torch.arange(1, sum(total for total, _ in ROWS) + 1)
+    theirs = []
+    for row, length in zip(tokens.split([total for total, _ in ROWS]), share.local_lengths.tolist()):
+        padded = torch.nn.functional.pad(row, (0, length * state.cp_size - len(row)))
+        theirs += get_batch_on_this_cp_rank({"tokens": padded[None]}, state.cp_group)["tokens"][0].tolist()
+    return share.local_tokens(tokens).tolist(), theirs
+
+
 # ---- a rank ----------------------------------------------------------------------------------------------------------
 
 
@@ -466,6 +505,10 @@ def main(rank: int, size: int, folder: Path) -> None:
                 result = run(name, layout, state)
                 if rank == 0:
                     torch.save(vars(result), folder / f"{layout} {name}.pt")
+        if layout in TENSOR:
+            (folder / f"{layout} largest tensor of rank {rank}").write_text(str(largest_tensor(state)))
+        if layout == "cp2":
+            torch.save(cut_by_megatron(state), folder / f"cut by Megatron for {rank}.pt")
         if state.cp_size > 1:
             try:
                 custom(problem(layout), state, other_metrics_per_rank)

@@ -68,3 +68,15 @@ def test_ranks_that_report_other_metrics(layout: str, results: Path) -> None:
         text = (results / f"{layout} error of rank {rank}").read_text()
         assert "expected the same metrics in the same order from every context-parallel rank" in text
         assert f"this one returned of rank {rank // tensor}." in text
+
+
+@pytest.mark.parametrize("layout", loss_cases.TENSOR)
+def test_large_vocabularies_never_exist_as_a_whole(layout: str, results: Path) -> None:
+    for rank in range(LAYOUTS[layout][0]):
+        assert int((results / f"{layout} largest tensor of rank {rank}").read_text()) == 40 * 2000
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_samples_are_cut_as_megatron_cuts_them(rank: int, results: Path) -> None:
+    ours, theirs = torch.load(results / f"cut by Megatron for {rank}.pt")
+    assert ours == theirs and len(set(ours)) > 10
