@@ -23,7 +23,8 @@ below a threshold (Liu et al.): such a token is all but impossible under the tra
     --custom-tis-function-path examples/train_infer_mismatch_helper/mis.py:compute_mis_weights_with_cp
 
 The settings are in mis.yaml. Without --use-tis (with --get-mismatch-metrics) no weight is applied; without use_rs
-nothing is rejected. Responses must be whole in one process: context parallelism is refused.
+nothing is rejected. Where context parallelism has cut the responses, the log-probs of all parts are gathered, and each
+rank weighs its own tokens.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from miles.backends.training_utils.cp_utils import all_gather_with_cp, slice_log_prob_with_cp
+from miles.backends.training_utils.parallel import ParallelState
 
 LEVELS = ("token", "sequence", "geometric")
 MODES = ("truncate", "clip", "mask")
@@ -114,29 +118,36 @@ def compute_mis_weights_with_cp(
     loss_masks: list[Tensor],
     total_lengths: list[int],
     response_lengths: list[int],
-    parallel_state: Any = None,
+    parallel_state: ParallelState | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """The loss [R] times its weights, the masks that are left after rejection, and metrics [R] per token.
 
     `pg_loss` is flat over the response tokens of all samples; lists have one tensor per sample. Metrics are averaged
-    by the caller over the tokens that were trained before rejection.
+    by the caller over the tokens that were trained before rejection. Under context parallelism `pg_loss`, log-probs and
+    metrics are those of this rank's tokens; masks are whole.
     """
-    cp_size = 1 if parallel_state is None else parallel_state.cp_size
-    if cp_size > 1:
-        raise ValueError(
-            f"--context-parallel-size {cp_size}: compute_mis_weights_with_cp needs whole responses in one process. "
-            "Give --context-parallel-size 1."
-        )
+    if parallel_state is None:
+        parallel_state = ParallelState.single_process()
+    lengths = list(zip(total_lengths, response_lengths))
+
+    def whole(parts: list[Tensor]) -> list[Tensor]:
+        return [all_gather_with_cp(part.detach(), *both, parallel_state) for part, both in zip(parts, lengths)]
+
+    def own(column: Tensor) -> Tensor:
+        rows = zip(torch.split(column, response_lengths), lengths)
+        parts = [slice_log_prob_with_cp(row, *both, parallel_state) for row, both in rows]
+        return torch.cat(parts) if parts else column
+
     settings = MisSettings.of(args)
-    result = mismatch_weights(settings, train_log_probs, rollout_log_probs, loss_masks)
+    result = mismatch_weights(settings, whole(train_log_probs), whole(rollout_log_probs), loss_masks)
     masks = list(loss_masks)
     if settings.use_rs:
         kept = torch.split(result.keep, response_lengths)
         masks = [mask * keep.to(mask.dtype) for mask, keep in zip(loss_masks, kept)]
     if settings.use_tis:
-        pg_loss = pg_loss * result.weights.to(pg_loss.dtype)
-    return pg_loss, masks, {name: values.to(pg_loss.dtype) for name, values in result.metrics.items()}
+        pg_loss = pg_loss * own(result.weights).to(pg_loss.dtype)
+    return pg_loss, masks, {name: own(values).to(pg_loss.dtype) for name, values in result.metrics.items()}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@
     custom_loss           the published call of a user's loss, on fp32 logits
     loss_scale            sums over samples -> the mean of the optimizer step
     zero_gradient_rows    samples that need not run at all
+    vocab_parallel        log-probs where the vocabulary is cut over ranks
+    context_parallel      what a rank owns where samples are cut over ranks, and columns between the ranks
 
-Nothing here knows of models, batches in training, or processes.
+Nothing here knows of models or batches in training; of processes, only the last two do and what calls plug-ins.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ class ContextShare:
     Example, rank 0 of 2 with rows of 10 and 5 tokens, of which 4 and 4 are the response::
 
         chunk_sizes = [3, 2]    local_lengths = [6, 4]    num_response = 8
-        own = [4]               of the flat response tokens, the first of the second row is this rank's ...
-        places = [6]            ... whose state is at place 6 of its 10 packed tokens
-        own_lengths = [0, 1]
+        own = [4, 5]            of the flat response tokens, the first two of the second row are this rank's ...
+        places = [6, 7]         ... whose states are at these places of its 10 packed tokens
+        own_lengths = [0, 2]
     """
 
     rank: int
@@ -118,8 +118,8 @@ def share_of(
     device: torch.device | str = "cpu",
     padded_lengths: Sequence[int] | None = None,
 ) -> ContextShare:
-    """What one rank owns. `padded_lengths` are those of rows in a padded batch (bshd), one after another; in packed ones
-    a row takes as many places as it has tokens. ValueError for a response token that no state predicts."""
+    """What one rank owns. `padded_lengths` are those of the rows of a padded batch (bshd), one after another; in a
+    packed one a row takes as many places as it has tokens. ValueError for a response token that no state predicts."""
     totals, responses = (np.asarray(x, dtype=np.int64) for x in (total_lengths, response_lengths))
     unpredicted = (responses > 0) & (responses >= totals)
     if unpredicted.any():
@@ -165,7 +165,7 @@ def offsets_of(lengths: IntArray) -> IntArray:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-# ---- between the ranks; every rank of the group calls these in the same order ------------------------------------------
+# ---- between the ranks; every rank of the group calls these in the same order ----------------------------------------
 
 
 def group_of(parallel_state: ParallelState) -> dist.ProcessGroup | None:

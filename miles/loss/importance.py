@@ -8,6 +8,9 @@ An importance function, built in or the user's (`--custom-tis-function-path`), i
 `pg_loss` [R] flat; log-probs and masks one tensor per sample; `metrics` maps names to flat [R] values. The trainer's
 log-probs are those of the old policy, recomputed before the first step. Masks that come back changed also change the
 denominators of the loss.
+
+Under context parallelism the user's function sees this rank's tokens alone (`pg_loss`, log-probs, the metrics that it
+returns), and whole masks, which must come back the same on every rank. What it returns is gathered again.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from miles.errors import UsageError
+from miles.loss.context_parallel import cut_response, gather_response, group_of, local_share, tied
 from miles.loss.types import LossInputs, LossPlugins, LossSettings, lengths_of
 
 
@@ -95,7 +99,23 @@ def correct(inputs: LossInputs, settings: LossSettings, plugins: LossPlugins, pg
         return vanilla_tis_function(settings, **shared)
     # Their own copies: a function that changes masks in place must not change the batch.
     shared["loss_masks"] = inputs.per_sample(inputs.loss_mask.clone())
-    result = plugins.tis(args=plugins.args, **shared)
+    group = group_of(plugins.parallel_state)
+    if group is None:
+        return checked(inputs, plugins.tis(args=plugins.args, **shared), pg_loss)
+    share = local_share(plugins.parallel_state, inputs.total_lengths, inputs.response_lengths, pg_loss.device)
+    mine = cut_response(pg_loss, share, group)
+    shared |= {
+        "pg_loss": mine,
+        "train_log_probs": share.pieces(inputs.require("old_log_probs")),
+        "rollout_log_probs": share.pieces(rollout_log_probs),
+    }
+    corrected, masks, metrics = checked(inputs, plugins.tis(args=plugins.args, **shared), mine)
+    metrics = {name: gather_response(value.detach(), share, group) for name, value in metrics.items()}
+    return gather_response(tied(corrected, mine), share, group), masks, metrics
+
+
+def checked(inputs: LossInputs, result: Any, pg_loss: Tensor) -> TisResult:
+    """What the user's function returned for `pg_loss`, or a UsageError."""
     if not isinstance(result, tuple) or len(result) != 3:
         raise UsageError(
             f"--custom-tis-function-path: expected a tuple (pg_loss, loss_masks, metrics), got {type(result).__name__}."

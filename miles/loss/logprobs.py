@@ -61,9 +61,9 @@ def log_probs_from_logits(
     log_probs = log_p.gather(-1, targets[:, None]).squeeze(-1)
     if not with_entropy:
         return TokenLogProbs(log_probs, None)
-    # 0 * log 0 is 0: the floor keeps -inf out of the product.
-    floored = log_p.clamp(min=torch.finfo(wide).min)
-    return TokenLogProbs(log_probs, -(log_p.exp() * floored).sum(-1))
+    # 0 * log 0 is 0, and its gradient too.
+    finite = log_p.masked_fill(log_p == -torch.inf, 0.0)
+    return TokenLogProbs(log_probs, -(log_p.exp() * finite).sum(-1))
 
 
 class LinearLogProbs(torch.autograd.Function):

@@ -3,7 +3,8 @@
     log-ratio -> clipped surrogate -> off-policy sequence mask -> importance correction -> reduction
               -> minus entropy bonus, plus KL to the reference
 
-Each arrow is a function here or in `importance`, `kl`, `reduce`. Metrics carry the published names.
+Each arrow is a function here or in `importance`, `kl`, `reduce`. Metrics carry the published names. Under context
+parallelism every rank computes all of it from whole columns; the user's functions alone see a rank's own tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from miles.errors import UsageError
+from miles.loss.context_parallel import cut_response, group_of, local_share, sum_of_parts, tied
 from miles.loss.importance import correct
 from miles.loss.kl import compute_approx_kl
 from miles.loss.reduce import Reducer, SumOfSampleMean, SumOverConstant, segment_sum, token_weights
@@ -137,7 +139,8 @@ def off_policy_sequence_mask(
 def pg_reducer(
     inputs: LossInputs, settings: LossSettings, plugins: LossPlugins, masks: list[Tensor], default: Reducer
 ) -> Reducer:
-    """What reduces the policy-gradient term alone: `--custom-pg-loss-reducer-function-path`, or the estimator's."""
+    """What reduces the policy-gradient term alone: `--custom-pg-loss-reducer-function-path`, or the estimator's. Under
+    context parallelism the user's gets whole masks and this rank's tokens, and returns its part of the sum."""
     if plugins.pg_reducer is None:
         if settings.advantage_estimator == "dr_grpo":
             assert settings.rollout_max_response_len is not None
@@ -151,7 +154,18 @@ def pg_reducer(
             "--custom-pg-loss-reducer-function-path: expected a callable that reduces the flat loss to a scalar, "
             f"got {type(reducer).__name__}."
         )
-    return reducer
+    group = group_of(plugins.parallel_state)
+    if group is None:
+        return reducer
+    share = local_share(
+        plugins.parallel_state, inputs.total_lengths, inputs.response_lengths, inputs.loss_mask.device
+    )
+
+    def over_ranks(pg: Tensor) -> Tensor:
+        mine = cut_response(pg, share, group)
+        return sum_of_parts(tied(reducer(mine), mine), group)
+
+    return over_ranks
 
 
 def reference_kl(inputs: LossInputs, settings: LossSettings, old: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ micro batches and ranks simply add up; `dispatch` divides by the number of sampl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from miles.loss.context_parallel import share_of
+from miles.loss.parallel_state import ParallelState
 
 Reducer = Callable[[Tensor], Tensor]
 """Flat per-token values [R] -> scalar, as a sum over samples."""
@@ -64,28 +66,52 @@ class SumOverConstant:
         return (values.masked_fill(self.loss_mask == 0, 0.0) * self.loss_mask.to(values.dtype)).sum() / self.length
 
 
+class SumOfSampleMeanPart:
+    """One context-parallel rank's part of `SumOfSampleMean`: called with the values [R_local] of the tokens that this
+    rank owns, `own` int64 [R_local] in the flat response tokens; denominators are those of whole samples."""
+
+    def __init__(
+        self, loss_mask: Tensor, sample_ids: Tensor, num_samples: int, own: Tensor, *, per_token: bool = False
+    ) -> None:
+        self.weights = token_weights(loss_mask, sample_ids, num_samples, per_token=per_token)[own]
+        self.masked = loss_mask[own] == 0
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return (values.masked_fill(self.masked, 0.0) * self.weights.to(values.dtype)).sum()
+
+
 def get_sum_of_sample_mean(
     total_lengths: Sequence[int],
     response_lengths: Sequence[int],
     loss_masks: Sequence[Tensor],
-    parallel_state: Any,
+    parallel_state: ParallelState,
     calculate_per_token_loss: bool = False,
     qkv_format: str = "thd",
     max_seq_lens: Sequence[int] | None = None,
 ) -> Reducer:
-    """The published factory, for samples that are whole in one process (`cp_size` 1).
+    """The published factory. `loss_masks` are whole, one per sample.
 
-    The callable takes the concatenation of the samples' response tokens, which is the same in both layouts, so
-    `total_lengths`, `qkv_format` and `max_seq_lens` matter only under context parallelism.
+    The callable takes the concatenation of the samples' response tokens; under context parallelism, of those that this
+    rank owns, and returns its part of the sum. Which those are depends on `total_lengths`, and on `max_seq_lens` where
+    `qkv_format` is bshd.
     """
-    if parallel_state.cp_size != 1:
-        raise ValueError(f"samples cut over {parallel_state.cp_size} context-parallel ranks need the backend's reducer")
     check_masks(response_lengths, loss_masks)
+    per_token = calculate_per_token_loss
     if not loss_masks:
-        return SumOfSampleMean(torch.empty(0), torch.empty(0, dtype=torch.int64), 0, per_token=calculate_per_token_loss)
+        return SumOfSampleMean(torch.empty(0), torch.empty(0, dtype=torch.int64), 0, per_token=per_token)
     flat = torch.cat(list(loss_masks))
     ids = ids_of(response_lengths, flat.device)
-    return SumOfSampleMean(flat, ids, len(loss_masks), per_token=calculate_per_token_loss)
+    if parallel_state.cp_size == 1:
+        return SumOfSampleMean(flat, ids, len(loss_masks), per_token=per_token)
+    share = share_of(
+        total_lengths,
+        response_lengths,
+        rank=parallel_state.cp_rank,
+        size=parallel_state.cp_size,
+        device=flat.device,
+        padded_lengths=None if qkv_format == "thd" else max_seq_lens,
+    )
+    return SumOfSampleMeanPart(flat, ids, len(loss_masks), share.own, per_token=per_token)
 
 
 def check_masks(response_lengths: Sequence[int], loss_masks: Sequence[Tensor]) -> None:

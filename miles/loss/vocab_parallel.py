@@ -221,7 +221,7 @@ class _LogProbs(torch.autograd.Function):
         gradient = log_p.exp().neg_()
         pull = torch.zeros_like(normalizers)[:, None] if grad_log_probs is None else grad_log_probs[:, None]
         if grad_entropy is not None:
-            log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+            log_p.masked_fill_(log_p == -torch.inf, 0.0)
             pull = log_p.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(pull)
         gradient.mul_(pull)
         if grad_log_probs is not None and logits.shape[1]:

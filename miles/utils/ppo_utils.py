@@ -1,7 +1,8 @@
 """Published import path of the formulas of policy optimization, for custom losses and advantage functions.
 
-What the built-in losses use lives in `miles.loss`; the rest is here. All of it takes samples that are whole in one
-process: context or tensor parallelism above 1 is answered with a sentence.
+What the built-in losses use lives in `miles.loss`; the rest is here. Log-probs and entropies are over the vocabulary
+of a tensor-parallel group, where one is given; every rank then holds equal parts of the columns, and all of them are
+tokens. Advantages take samples that are whole in one process: context parallelism above 1 is answered with a sentence.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miles.loss.kl import compute_approx_kl
-from miles.loss.logprobs import log_probs_from_logits
 from miles.loss.policy import compute_policy_loss
 from miles.loss.scan import discounted_sums
+from miles.loss.vocab_parallel import log_probs_from_logits
 
 __all__ = [
     "calculate_log_probs_and_entropy",
@@ -41,15 +42,16 @@ __all__ = [
 
 
 def compute_log_probs(logits: Tensor, tokens: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """Log-probability of `tokens` [R] under `logits` [R, V], as [R, 1]. Differentiable."""
+    """Log-probability of `tokens` [R] under `logits` [R, V / group], as [R, 1]. Differentiable."""
     return calculate_log_probs_and_entropy(logits, tokens, process_group)[0]
 
 
 def compute_entropy_from_logits(logits: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """Entropy of each row of `logits` [R, V]: [R]."""
-    one_process("logits", process_group)
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
+    """Entropy of each row of `logits` [R, V / group]: [R]."""
+    any_token = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
+    entropy = calculate_log_probs_and_entropy(logits, any_token, process_group, with_entropy=True)[1]
+    assert entropy is not None
+    return entropy
 
 
 def calculate_log_probs_and_entropy(
@@ -59,11 +61,12 @@ def calculate_log_probs_and_entropy(
     with_entropy: bool = False,
     chunk_size: int = -1,
 ) -> tuple[Tensor, Tensor | None]:
-    """(log-probs [R, 1], entropy [R] or None) of `tokens` [R] under `logits` [R, V], `chunk_size` rows at a time."""
-    one_process("logits", tp_group)
+    """(log-probs [R, 1], entropy [R] or None) of `tokens` [R] under `logits` [R, V / tp], `chunk_size` rows a time."""
+    rank = 0 if tp_group is None else dist.get_rank(tp_group)
+    shard = {"group": tp_group, "first_row": rank * logits.shape[1]}
     rows = logits.shape[0] if chunk_size <= 0 else chunk_size
     parts = [
-        log_probs_from_logits(some, ids, with_entropy=with_entropy)
+        log_probs_from_logits(some, ids, with_entropy=with_entropy, **shard)
         for some, ids in zip(logits.split(max(rows, 1)), tokens.split(max(rows, 1)))
     ]
     log_probs = torch.cat([part.log_probs for part in parts])[:, None]
@@ -217,11 +220,6 @@ def temporal_differences(rewards: Tensor, values: Tensor, gamma: float) -> Tenso
 
 
 # ---- what is not here ------------------------------------------------------------------------------------------------
-
-
-def one_process(what: str, group: dist.ProcessGroup | None) -> None:
-    if group is not None and dist.get_world_size(group) > 1:
-        raise ValueError(f"{what} cut over {dist.get_world_size(group)} tensor-parallel ranks are not supported here")
 
 
 def one_rank(name: str, parallel_state: Any) -> None:

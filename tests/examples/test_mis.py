@@ -230,14 +230,6 @@ def test_bounds_that_are_left_out() -> None:
     assert set(known) == set(MisSettings.__dataclass_fields__), "mis.yaml shows every setting"
 
 
-def test_context_parallelism_is_refused() -> None:
-    with pytest.raises(ValueError, match="--context-parallel-size 2"):
-        compute_mis_weights_with_cp(
-            args=Namespace(), pg_loss=torch.zeros(1), train_log_probs=[], rollout_log_probs=[], loss_masks=[],
-            total_lengths=[], response_lengths=[], parallel_state=ParallelState(cp_size=2),
-        )  # fmt: skip
-
-
 # ---- in a run ------------------------------------------------------------------------------------------------------
 
 

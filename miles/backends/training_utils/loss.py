@@ -1,7 +1,8 @@
 """Published import path of the loss functions: what custom losses call, or build upon.
 
 The work is in `miles.loss`. Here are the built-in losses under the published call, for custom losses that add a term to
-one of them: `loss, metrics = policy_loss_function(args, parallel_state, batch, logits, sum_of_sample_mean)`.
+one of them: `loss, metrics = policy_loss_function(args, parallel_state, batch, logits, sum_of_sample_mean)`. As with
+every custom loss, under context parallelism both are this rank's part of a sum over the ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from miles.backends.training_utils.state_optional import state_optional
 from miles.hooks import load_function
+from miles.loss.context_parallel import gather_response_of_parts, group_of, local_share
 from miles.loss.importance import icepop_function, vanilla_tis_function
 from miles.loss.parallel_state import ParallelState
 from miles.loss.policy import policy_loss
@@ -79,20 +81,36 @@ def policy_loss_function(
         args=args,
         parallel_state=parallel_state,
     )
+    group = group_of(parallel_state)
+    totals, responses = list(batch["total_lengths"]), list(batch["response_lengths"])
+
+    def flat(rows: Sequence[Tensor] | None) -> Tensor | None:
+        """A column as one tensor [R] of whole samples; None where it was not computed."""
+        if rows is None or group is None:
+            return None if rows is None else torch.cat(list(rows))
+        share = local_share(parallel_state, totals, responses, logits.device)
+        return gather_response_of_parts(torch.cat(list(rows)), share.own, share.num_response, group)
+
+    log_probs = flat(current["log_probs"])
+    assert log_probs is not None
     inputs = LossInputs(
-        log_probs=torch.cat(current["log_probs"]),
-        entropy=torch.cat(current["entropy"]),
+        log_probs=log_probs,
+        entropy=flat(current["entropy"]),
         loss_mask=torch.cat(list(batch["loss_masks"])),
-        sample_ids=ids_of(batch["response_lengths"], logits.device),
-        response_lengths=list(batch["response_lengths"]),
-        total_lengths=list(batch["total_lengths"]),
-        old_log_probs=_flat(batch, "log_probs"),
-        rollout_log_probs=_flat(batch, "rollout_log_probs"),
-        ref_log_probs=_flat(batch, "ref_log_probs"),
-        advantages=_flat(batch, "advantages"),
+        sample_ids=ids_of(responses, logits.device),
+        response_lengths=responses,
+        total_lengths=totals,
+        old_log_probs=flat(batch.get("log_probs")),
+        rollout_log_probs=flat(batch.get("rollout_log_probs")),
+        ref_log_probs=flat(batch.get("ref_log_probs")),
+        advantages=flat(batch.get("advantages")),
     )
     result = policy_loss(inputs, LossSettings.of(args), plugins)
-    return result.loss, result.metrics
+    if group is None:
+        return result.loss, result.metrics
+    # Every rank has computed the whole loss: its part is one of equal shares.
+    size = parallel_state.cp_size
+    return result.loss / size, {name: value / size for name, value in result.metrics.items()}
 
 
 @state_optional
@@ -113,10 +131,5 @@ def sft_loss_function(
 
 def _rows(args: Namespace, parallel_state: ParallelState, batch: Mapping[str, Any]) -> dict[str, Any]:
     names = ("unconcat_tokens", "total_lengths", "response_lengths")
-    return {"args": args, "parallel_state": parallel_state, **{name: batch[name] for name in names}}
-
-
-def _flat(batch: Mapping[str, Any], name: str) -> Tensor | None:
-    """A column of the batch as one tensor [R]; None where it was not computed."""
-    rows = batch.get(name)
-    return None if rows is None else torch.cat(list(rows))
+    rows = {name: batch[name] for name in names}
+    return {"args": args, "parallel_state": parallel_state, "max_seq_lens": batch.get("max_seq_lens"), **rows}

@@ -74,8 +74,6 @@ def test_reducer_of_an_empty_micro_batch() -> None:
 def test_reducer_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match=r"lengths \[2\] do not fit responses of lengths \[3\]"):
         get_sum_of_sample_mean([5], [3], [torch.ones(2)], ONE)
-    with pytest.raises(ValueError, match="2 context-parallel ranks"):
-        get_sum_of_sample_mean([5], [2], [torch.ones(2)], ParallelState(cp_size=2))
 
 
 # ---- KL ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miles.batch import PackedBatch, from_published_dict, pack
@@ -74,16 +75,79 @@ def test_log_probs_equal_the_fused_ones() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parallel_state": ParallelState(cp_size=2)}, "several ranks"),
-        ({"parallel_state": ParallelState(tp_size=2)}, "several ranks"),
-        ({"max_seq_lens": [8, 8, 8]}, "max_seq_lens"),
+        ({"parallel_state": ParallelState(tp_size=2)}, "tp_size 2 without a tp_group"),
+        ({"parallel_state": ParallelState(cp_size=2), "max_seq_lens": [8, 8, 8]}, "max_seq_lens: .* cp_size is 2"),
     ],
 )
 def test_layouts_it_cannot_read_are_refused(change: dict[str, Any], message: str) -> None:
     micro = packed()
     arguments = published_arguments(micro, loss_batch(micro, {})) | change
     with pytest.raises(ValueError, match=message):
-        list(get_responses(torch.zeros(1, 10, 7), **arguments))
+        get_log_probs_and_entropy(torch.zeros(1, 10, 7), **arguments)
+
+
+def test_padded_rows_are_read_like_packed_ones() -> None:
+    """bshd: logits [B, S, V], rows padded to S; log-probs and gradient are those of the packed layout."""
+    micro, state = packed(), ParallelState.single_process()
+    hidden, _, logits = logits_for(micro)
+    batch = loss_batch(micro, {"advantages": torch.arange(4.0)}, parallel_state=state, max_seq_len=6)
+    assert batch["tokens"].tolist() == [[1, 2, 3, 4, 5, 0], [6, 5, 0, 0, 0, 0], [4, 3, 2, 0, 0, 0]]
+    assert batch["full_loss_masks"].tolist() == [[0, 1, 0, 1, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [list(range(6))] * 3 and batch["max_seq_lens"] == [6, 6, 6]
+    assert batch["cu_seqlens"] is None and batch["max_seqlen"] is None
+    assert [row.tolist() for row in batch["advantages"]] == [[0.0, 1.0, 2.0], [], [3.0]]
+    rows = [F.pad(row, (0, 0, 0, 6 - len(row)), value=9.0) for row in logits[0].split(micro.total_lengths)]
+    given = published_arguments(micro, batch) | {"max_seq_lens": batch["max_seq_lens"]}
+    padded = get_log_probs_and_entropy(torch.stack(rows), **given)["log_probs"]
+    plain = get_log_probs_and_entropy(logits, **published_arguments(micro, loss_batch(micro, {})))["log_probs"]
+    assert [len(row) for row in padded] == [3, 0, 1]
+    torch.testing.assert_close(torch.cat(padded), torch.cat(plain))
+    gradients = [torch.autograd.grad(torch.cat(x).sum(), hidden, retain_graph=True)[0] for x in (padded, plain)]
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ValueError, match="expected a cp_size of 1, got 2"):
+        loss_batch(micro, {}, parallel_state=ParallelState(cp_size=2), max_seq_len=6)
+
+
+def test_rows_of_the_projection_that_are_no_token() -> None:
+    """A vocabulary of 7 padded to 9 rows: `vocab_size` takes the others out of the softmax."""
+    micro = packed()
+    _, _, logits = logits_for(micro)
+    wide = torch.cat([logits, torch.full((1, 10, 2), 5.0)], dim=-1)
+    given = published_arguments(micro, loss_batch(micro, {}))
+    cut = get_log_probs_and_entropy(wide, **given | {"parallel_state": ParallelState(vocab_size=7)}, with_entropy=True)
+    plain = get_log_probs_and_entropy(logits, **given, with_entropy=True)
+    for name in ("log_probs", "entropy"):
+        assert all(torch.equal(a, b) for a, b in zip(cut[name], plain[name], strict=True))
+
+
+def test_tokens_that_the_backend_padded() -> None:
+    """The end of the packed tokens is a row of its own, as published."""
+    batch = loss_batch(packed(), {}, num_places=12, packed_seq_params="theirs")
+    assert batch["tokens"].tolist() == [[1, 2, 3, 4, 5, 6, 5, 4, 3, 2, 0, 0]]
+    assert batch["cu_seqlens"].tolist() == [0, 5, 7, 10, 12] and batch["max_seqlen"] == 5
+    assert batch["cu_seqlens"].dtype == torch.int32 and batch["packed_seq_params"] == "theirs"
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 0, 1]]
+    assert batch["full_loss_masks"].tolist() == [[0, 1, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0]]
+
+
+def test_the_batch_of_a_rank_that_owns_a_part() -> None:
+    """Rows of 5, 2 and 3 tokens on 2 ranks, in chunks of 2, 1 and 1; the first two response tokens of the first row and
+    that of the last are scored on rank 1."""
+    micro = packed()
+    column = {"advantages": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    first, second = (
+        loss_batch(micro, column, parallel_state=ParallelState(cp_rank=r, cp_size=2), num_places=10) for r in range(2)
+    )
+    assert first["tokens"].tolist() == [[1, 2, 0, 0, 6, 0, 4, 0, 0, 0]]
+    assert second["tokens"].tolist() == [[3, 4, 5, 0, 5, 0, 3, 2, 0, 0]]
+    assert [row.tolist() for row in first["advantages"]] == [[1.0], [], []]
+    assert [row.tolist() for row in second["advantages"]] == [[2.0, 3.0], [], [4.0]]
+    assert first["full_loss_masks"].tolist() == [[0, 1, 0, 0, 0, 0, 0, 0, 0, 0]]
+    assert second["full_loss_masks"].tolist() == [[0, 1, 0, 0, 0, 0, 1, 0, 0, 0]]
+    for batch in (first, second):
+        assert batch["cu_seqlens"].tolist() == [0, 8, 12, 16, 20] and batch["max_seqlen"] == 8
+        assert [row.tolist() for row in batch["loss_masks"]] == [[1, 0, 1], [], [1]]
+        assert [row.tolist() for row in batch["unconcat_tokens"]] == [[1, 2, 3, 4, 5], [6, 5], [4, 3, 2]]
 
 
 def test_half_precision_logits_are_refused() -> None:

@@ -65,14 +65,54 @@ def test_wrong_lengths_are_told() -> None:
         cp_utils.slice_with_cp(torch.zeros(2), 0, ALONE, "bshd")
 
 
+@pytest.mark.parametrize(("total", "response"), [(10, 4), (5, 3), (3, 1), (4, 0), (17, 16)])
+@pytest.mark.parametrize("layout", [("thd", None), ("bshd", 19)])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_parts_of_all_ranks(total: int, response: int, layout: tuple[str, int | None], size: int) -> None:
+    """Each token is in one rank's chunks, each response token in one rank's part, which follows from the chunks."""
+    column, tokens = torch.arange(float(response)), torch.arange(total)
+    found, owned = [], []
+    for rank in range(size):
+        state = ParallelState(cp_rank=rank, cp_size=size)
+        chunk, chunks, logits, scored = cp_utils.get_logits_and_tokens_offset_with_cp(total, response, state, *layout)
+        assert [start for start, _ in chunks] == [rank * chunk, (2 * size - 1 - rank) * chunk]
+        assert all(end - start == chunk for start, end in chunks)
+        own = cp_utils.slice_log_prob_with_cp(column, total, response, state, *layout)
+        assert cp_utils.slice_log_prob_with_cp(column.tolist(), total, response, state, *layout) == own.tolist()
+        places = [place for start, end in scored for place in range(start, end)]
+        assert own.tolist() == [place - (total - response) for place in places]
+        for (start, end), (first, last), (begin, stop) in zip(logits, scored, chunks):
+            assert start == end == 0 or (begin <= start < end <= stop and (first, last) == (start + 1, end + 1))
+        mine = cp_utils.slice_with_cp(tokens, -1, state, *layout)
+        assert len(mine) == (2 * chunk if size > 1 else (total if layout[0] == "thd" else 19))
+        owned += own.tolist()
+        found += [token for token in mine.tolist() if token >= 0]
+    assert sorted(owned) == column.tolist() and sorted(found) == tokens.tolist()
+
+
+def test_parts_of_sums_over_samples() -> None:
+    """Numerators are a rank's own tokens, denominators whole samples."""
+    masks, values = [torch.tensor([1, 0, 1, 1]), torch.tensor([1, 1])], torch.tensor([1.0, 9.0, 4.0, 7.0, 2.0, 6.0])
+    for per_token in (False, True):
+        parts = 0.0
+        for rank in range(2):
+            state = ParallelState(cp_rank=rank, cp_size=2)
+            reduce = cp_utils.get_sum_of_sample_mean([10, 9], [4, 2], masks, state, per_token)
+            rows = zip(values.split([4, 2]), [10, 9], [4, 2])
+            parts += float(reduce(torch.cat([cp_utils.slice_log_prob_with_cp(*row, state) for row in rows])))
+        assert parts == pytest.approx(20.0 if per_token else 4.0 + 4.0)
+
+
+def test_a_size_without_a_group() -> None:
+    with pytest.raises(ValueError, match="cp_size 2 without a cp_group"):
+        cp_utils.all_gather_with_cp(torch.zeros(0), 10, 4, TWO)
+    with pytest.raises(ValueError, match="4 values where this rank has 0 of a response of 4 tokens"):
+        cp_utils.all_gather_with_cp(torch.zeros(4), 10, 4, TWO)
+
+
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: cp_utils.get_logits_and_tokens_offset_with_cp(5, 3, TWO),
-        lambda: cp_utils.all_gather_with_cp(torch.zeros(3), 5, 3, TWO),
-        lambda: cp_utils.slice_with_cp(torch.zeros(3), 0, TWO),
-        lambda: cp_utils.slice_log_prob_with_cp([0.0], 5, 1, TWO),
-        lambda: cp_utils.get_sum_of_sample_mean([5], [3], [torch.ones(3)], TWO),
         lambda: ppo_utils.get_advantages_and_returns(5, 1, torch.zeros(1), torch.zeros(1), 1.0, 1.0, TWO),
         lambda: ppo_utils.get_advantages_and_returns_batch([5], [1], [torch.zeros(1)], [torch.zeros(1)], 1.0, 1.0, TWO),
         lambda: ppo_utils.get_reinforce_plus_plus_returns(torch.zeros(1), [], [], [], [], 0.0, 1.0, TWO),
@@ -298,8 +338,6 @@ def test_helpers_without_parallel_state() -> None:
     assert cp_utils.slice_log_prob_with_cp([0.5], 3, 1) == [0.5]
     assert cp_utils.slice_with_cp(torch.ones(2), 0, "bshd", 3).tolist() == [1, 1, 0]
     assert cp_utils.get_logits_and_tokens_offset_with_cp(5, 3)[0] == 3
-    with pytest.raises(ValueError, match="2 context-parallel ranks"):
-        cp_utils.slice_with_cp(torch.ones(2), 0, ParallelState(cp_size=2))
 
 
 def test_values_are_those_before_the_response_tokens() -> None:
