@@ -111,7 +111,8 @@ def _qwen3_moe(c: Numbers) -> dict[str, Any]:
         _decoder(c)
         | {
             "qk_layernorm": True,
-            "num_experts": c["num_experts"],
+            # transformers 5 writes the second name, earlier versions the first.
+            "num_experts": c["num_experts"] if "num_experts" in c else c["num_local_experts"],
             "moe_layer_freq": 1 if all(sparse) else sparse,
             "moe_ffn_hidden_size": c["moe_intermediate_size"],
             "moe_router_topk": c["num_experts_per_tok"],

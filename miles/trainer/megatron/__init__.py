@@ -1,0 +1,9 @@
+"""The Megatron backend. Importing anything of it first makes Megatron-Core fit for a machine without a GPU (`cpu`)."""
+
+import warnings
+
+from miles.trainer.megatron import cpu
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of libraries that Megatron-Core would like to have
+    cpu.install()

@@ -1,13 +1,16 @@
 """Megatron-Core on a machine without a GPU: the places where it asks for CUDA without need, answered with the CPU.
 
-`install()` must run before anything of `megatron` is imported, and does nothing where CUDA is available. Each patch is
-a row of `PATCHES`, and each has a test that fails without it. Every replacement is a function object of its own:
-torch._dynamo takes two names of one function for a mistake.
+`install()` runs before anything of `megatron` is imported (`miles.trainer.megatron` begins with it), and does nothing
+where CUDA is available. Each patch is a row of a table, and each has a test that fails without it. Every replacement is
+a function object of its own: torch._dynamo takes two names of one function for a mistake.
+
+One gap has to do with TransformerEngine and not with the device (`GAPS`), and is filled wherever that is not there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +84,22 @@ def _no_stream() -> Iterator[None]:
     yield
 
 
+class Event:
+    """Has happened already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def wait(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class Stream:
     """There is one order of things on a CPU: nothing to wait for."""
 
@@ -94,23 +113,7 @@ class Stream:
         pass
 
     def record_event(self, event: Any = None) -> Any:
-        return event
-
-    def synchronize(self) -> None:
-        pass
-
-
-class Event:
-    """The counterpart of `Stream`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def record(self, stream: Any = None) -> None:
-        pass
-
-    def wait(self, stream: Any = None) -> None:
-        pass
+        return Event() if event is None else event
 
     def synchronize(self) -> None:
         pass
@@ -157,15 +160,42 @@ PATCHES: tuple[Patch, ...] = (
 )
 
 
-def install(patches: tuple[Patch, ...] = PATCHES) -> None:
-    """Apply what is not applied yet. Nothing happens where CUDA is available."""
-    if torch.cuda.is_available():
-        return
-    _device_constructors()  # remembers the factories as they are now: `with torch.device("meta")` goes on to work
-    for patch in patches:
-        if patch not in _installed:
-            setattr(patch.owner, patch.name, patch.make(getattr(patch.owner, patch.name)))
-            _installed.add(patch)
+def _lists(original: Any) -> Any:
+    """Sizes for collectives as numbers, also where the tensor is in main memory already."""
+
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return maybe_move_tensor_to_cpu
 
 
-_installed: set[Patch] = set()
+IN_MEGATRON: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", _lists),
+)
+"""The same for functions of Megatron's: module, name, what to make of it."""
+
+GAPS: tuple[tuple[str, str], ...] = (("megatron.core.transformer.moe.moe_utils", "te_general_gemm"),)
+"""Names that Megatron asks for being None, and defines only beside TransformerEngine."""
+
+
+def install() -> None:
+    """Apply what is not applied yet."""
+    if not torch.cuda.is_available():
+        _device_constructors()  # remembers the factories as they are: `with torch.device("meta")` goes on to work
+        for patch in PATCHES:
+            _apply(patch)
+        for module, name, make in IN_MEGATRON:
+            _apply(Patch(importlib.import_module(module), name, make))
+    for module, name in GAPS:
+        owner = importlib.import_module(module)
+        if not hasattr(owner, name):
+            setattr(owner, name, None)
+
+
+def _apply(patch: Patch) -> None:
+    if patch not in _replaced:
+        _replaced[patch] = getattr(patch.owner, patch.name)
+        setattr(patch.owner, patch.name, patch.make(_replaced[patch]))
+
+
+_replaced: dict[Patch, Any] = {}
