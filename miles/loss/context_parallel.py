@@ -222,9 +222,7 @@ def tied(value: Tensor, to: Tensor) -> Tensor:
     return result
 
 
-def _gathered(
-    local: Tensor, own: Tensor, size: int, group: dist.ProcessGroup | None, *, sum_gradients: bool
-) -> Tensor:
+def _gathered(local: Tensor, own: Tensor, size: int, group: dist.ProcessGroup | None, *, sum_gradients: bool) -> Tensor:
     if group is None:
         return local
     whole: Tensor = _Gather.apply(local, own, size, group, sum_gradients)  # type: ignore[no-untyped-call]

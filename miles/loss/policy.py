@@ -157,9 +157,7 @@ def pg_reducer(
     group = group_of(plugins.parallel_state)
     if group is None:
         return reducer
-    share = local_share(
-        plugins.parallel_state, inputs.total_lengths, inputs.response_lengths, inputs.loss_mask.device
-    )
+    share = local_share(plugins.parallel_state, inputs.total_lengths, inputs.response_lengths, inputs.loss_mask.device)
 
     def over_ranks(pg: Tensor) -> Tensor:
         mine = cut_response(pg, share, group)

@@ -44,7 +44,9 @@ from miles.utils import ppo_utils
 VOCABULARY, WIDTH, TEMPERATURE = 7, 5, 0.8
 
 # (tokens, of them the response). One without a response, one shorter than the chunks of four ranks, long ones.
-ROWS = [(11, 6), (4, 0), (2, 1), (17, 16), (9, 3)]
+ROWS = ((11, 6), (4, 0), (2, 1), (17, 16), (9, 3))
+# All of whose response tokens belong to the last of four ranks.
+ONE_OWNER = ((11, 2), (3, 0))
 
 # Layout -> (tensor, context) sizes; a rank of tensor parallelism has 4 rows of the vocabulary, so that of four ranks
 # the second has one row of padding and two have no row at all.
@@ -72,13 +74,15 @@ class Problem:
     columns: dict[str, Tensor]  # [R] each
 
 
-def problem(layout: str | None, dtype: torch.dtype = torch.float64) -> Problem:
+def problem(
+    layout: str | None, dtype: torch.dtype = torch.float64, rows: tuple[tuple[int, int], ...] = ROWS
+) -> Problem:
     rng = torch.Generator().manual_seed(5)
-    tokens = [torch.randint(0, VOCABULARY, (total,), generator=rng).tolist() for total, _ in ROWS]
-    masks = [torch.randint(0, 4, (n,), generator=rng).clamp(max=1).tolist() for _, n in ROWS]
-    lengths = [n for _, n in ROWS]
+    tokens = [torch.randint(0, VOCABULARY, (total,), generator=rng).tolist() for total, _ in rows]
+    masks = [torch.randint(0, 4, (n,), generator=rng).clamp(max=1).tolist() for _, n in rows]
+    lengths = [n for _, n in rows]
     micro = pack(
-        from_published_dict({"tokens": tokens, "response_lengths": lengths, "loss_masks": masks}), range(len(ROWS))
+        from_published_dict({"tokens": tokens, "response_lengths": lengths, "loss_masks": masks}), range(len(rows))
     )
 
     def noise(*shape: int) -> Tensor:
@@ -267,6 +271,10 @@ def sequence_weights(
     return torch.tanh(pg_loss) * flat, masks, {"weight": flat}
 
 
+def ignores_what_is_empty(*, pg_loss: Tensor, loss_masks: list[Tensor], **given: Any) -> Any:
+    return pg_loss.sinh() if len(pg_loss) else torch.zeros_like(pg_loss), loss_masks, {}
+
+
 def icepop(**given: Any) -> Any:
     return icepop_function(**given)
 
@@ -365,6 +373,7 @@ class Case:
     given: dict[str, Any] = field(default_factory=dict)
     layouts: tuple[str, ...] = TENSOR
     dtype: torch.dtype = torch.float64
+    rows: tuple[tuple[int, int], ...] = ROWS
 
 
 def loss(tis: Any = None, pg_reducer: Any = None, layouts: tuple[str, ...] = CONTEXT, args: Any = None, **given: Any):
@@ -411,8 +420,18 @@ CASES: dict[str, Case] = {
     "a reducer and a plug-in, gspo": loss(
         sequence_weights, reducer_of_mpu, ("cp2",), use_tis=True, advantage_estimator="gspo", entropy_coef=0.1
     ),
-    "a reducer of non-empty parts": loss(
-        pg_reducer=reducer_that_ignores_empty_parts, layouts=("cp4",), advantage_estimator="gspo"
+    "ranks without a token": Case(built_in, {"settings": flags(entropy_coef=0.1)}, CONTEXT, rows=ONE_OWNER),
+    "plug-ins that ignore what is empty": Case(
+        built_in,
+        {
+            "settings": flags(advantage_estimator="gspo", use_tis=True), "tis": ignores_what_is_empty,
+            "pg_reducer": reducer_that_ignores_empty_parts,
+        },
+        CONTEXT,
+        rows=ONE_OWNER,
+    ),
+    "a custom loss of ranks without a token": Case(
+        custom, {"fn": with_the_published_helpers}, CUSTOM, rows=ONE_OWNER
     ),
     "custom": Case(custom, {"fn": with_the_published_helpers}, CUSTOM),
     "custom per token": Case(custom, {"fn": with_the_published_helpers, "per_token": True}, CUSTOM),
@@ -432,7 +451,7 @@ CASES: dict[str, Case] = {
 
 def run(name: str, layout: str | None, state: ParallelState = ALONE) -> Result:
     case = CASES[name]
-    return case.run(problem(layout, case.dtype), state, **case.given)
+    return case.run(problem(layout, case.dtype, case.rows), state, **case.given)
 
 
 # ---- other things that ranks find out --------------------------------------------------------------------------------
