@@ -255,7 +255,7 @@ NOTICES = [
      "--fsdp-cpu-offload, --fsdp-param-dtype bfloat16: no meaning with --train-backend megatron."),
     (["--recompute-method", "uniform"], "--recompute-method: no meaning here, without --recompute-granularity."),
     (["--attention-backend", "flash"], "--attention-backend flash: no meaning here, the attention follows from"),
-    (["--expert-tensor-parallel-size", "1"], "--expert-tensor-parallel-size: no meaning here, the model has no experts."),
+    ([ETP, "1"], f"{ETP}: no meaning here, the model has no experts."),
     (["--seq-length", "8192"], "--seq-length 8192: no meaning here, samples keep their lengths."),
 ]  # fmt: skip
 
