@@ -191,7 +191,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     install_tracker(tracker)
     stack.callback(install_tracker, None)
     _prepare_process(config, stack)
-    loaded = None if config.debug.debug_rollout_only else trainers.load(config, record.path, stack)
+    loaded = None if config.debug.debug_rollout_only else trainers.load(config, args, hooks, record.path, stack)
     engine, client = _start_engine(config, args, loaded, stack)
     context.install(None if client is None else context.RunContext(hooks=hooks, client=client, seeds_each_sample=True))
     stack.callback(context.install, None)
@@ -201,7 +201,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     if start_rollout_id is None:
         start_rollout_id = 0 if checkpoint is None else checkpoint.meta.next_rollout_id
     args.start_rollout_id = start_rollout_id
-    manager = RolloutManager(config, args, hooks, client, tracker, record, dp_size=lambda: config.cluster.world_size)
+    manager = RolloutManager(config, args, hooks, client, tracker, record, dp_size=lambda: config.layout.dp_size)
     per_epoch = manager.num_rollout_per_epoch() if config.data.num_epoch is not None else None
     num_rollout = config.data.num_rollout
     if num_rollout is None:

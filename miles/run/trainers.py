@@ -1,7 +1,8 @@
-"""Who trains: the model in this process, or in several processes of its own. `launch` sees no difference.
+"""Who trains: the model in this process, or in processes of its own. `launch` sees no difference.
 
-    one process       the engine reads the trainer's own tensors; both compute in the engine's thread
-    several           the engine reads memory that rank 0 writes; the driver only waits for the ranks
+    this process      the engine reads the trainer's own tensors; both compute in the engine's thread
+    its own           several, or Megatron's, even if it is one: the engine reads memory that rank 0 writes; the driver
+                      only waits for the ranks
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ class LoadedTrainer(Protocol):
     def role(self, given: Surroundings) -> TrainRole: ...
 
 
-def load(config: RunConfig, run_dir: Path, stack: ExitStack) -> LoadedTrainer:
+def load(config: RunConfig, args: Namespace, hooks: Hooks, run_dir: Path, stack: ExitStack) -> LoadedTrainer:
     """Load the model, or start the processes that do; they end with `stack`."""
-    if config.cluster.world_size == 1:
-        return OneProcess(config)
+    if config.cluster.world_size == 1 and config.train.train_backend == "fsdp":
+        return OneProcess(config, args, hooks)
     environment = {**os.environ, **host.memory_environment()}
-    return SeveralProcesses(stack.enter_context(RankGroup.start(config, run_dir / "ranks", environment)))
+    return OwnProcesses(stack.enter_context(RankGroup.start(config, args, run_dir / "ranks", environment)))
 
 
 class OneProcess:
-    def __init__(self, config: RunConfig) -> None:
-        self.models = in_passing_thread(lambda: Models(config))
+    def __init__(self, config: RunConfig, args: Namespace, hooks: Hooks) -> None:
+        self.models = in_passing_thread(lambda: Models(config, args, hooks))
 
     def weights(self) -> Mapping[str, Tensor]:
         return self.models.actor.weights()
@@ -77,7 +78,7 @@ class OneProcess:
         return TrainRole(actor, RoleThread("train") if engine is None else EngineThread(engine))
 
 
-class SeveralProcesses:
+class OwnProcesses:
     def __init__(self, group: RankGroup) -> None:
         self.group = group
 

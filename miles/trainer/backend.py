@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +33,14 @@ from miles.loss.logprobs import TokenLogProbs, linear_log_probs
 from miles.loss.parallel_state import ParallelState
 from miles.trainer.schedule import Schedule
 from miles.weights import Weights
+
+
+class Layout(TypedDict, total=False):
+    """Of logits that are padded; see `miles.loss.published.loss_batch`."""
+
+    num_places: int
+    max_seq_len: int
+    packed_seq_params: Any
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,11 @@ class ModelOutput:
     def logits(self) -> Tensor:
         """fp32 [1, T, V], not divided by the temperature: the published view of custom losses."""
         return (self.hidden @ self.head_weight.T).float().unsqueeze(0)
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows stand in `logits()`, as custom losses are told."""
+        return {}
 
     def values(self, micro: PackedBatch) -> Tensor:
         """A critic's values of the states that predict the response tokens: [R], float32 (float64 for float64)."""

@@ -66,10 +66,12 @@ class Command(Generic[T_co]):
 
 @dataclass(frozen=True)
 class Load(Command["tuple[Layout, int]"]):
-    """Build the model and put its weights where the engine can read them."""
+    """Bind plug-ins to `args`, build the model and put its weights where the engine can read them."""
+
+    args: Namespace
 
     def run(self, worker: Worker) -> tuple[Layout, int]:
-        return worker.load()
+        return worker.load(self.args)
 
 
 @dataclass(frozen=True)

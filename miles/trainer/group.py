@@ -151,6 +151,7 @@ class RankGroup:
     """
 
     config: RunConfig
+    args: Namespace
     processes: list[Process]
     weights_fd: int
     rendezvous: Path
@@ -164,11 +165,11 @@ class RankGroup:
     _resumed: bool = False
 
     @staticmethod
-    def start(config: RunConfig, folder: Path, environment: Mapping[str, str]) -> RankGroup:
+    def start(config: RunConfig, args: Namespace, folder: Path, environment: Mapping[str, str]) -> RankGroup:
         """Start the processes and give them the model to load; does not wait for it. Their output goes to `folder`."""
         size = config.cluster.world_size
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        group = RankGroup(config, [], anonymous_file(), Path(tempfile.mkdtemp(prefix="miles-ranks-")))
+        group = RankGroup(config, args, [], anonymous_file(), Path(tempfile.mkdtemp(prefix="miles-ranks-")))
         try:
             for rank in range(size):
                 fds = [group.weights_fd] if rank == 0 else []
@@ -201,7 +202,7 @@ class RankGroup:
     def weights(self) -> Mapping[str, Tensor]:
         """The weights in the memory that rank 0 writes to, after the model has been loaded."""
         if not self._weights:
-            layout, size = self._all(Load())[0]
+            layout, size = self._all(Load(portable(self.args)))[0]
             self._weights = views(self.weights_fd, layout, size)
         return self._weights
 
@@ -233,7 +234,8 @@ class RankGroup:
         if self._resumed:
             self._all(SetPlugInState({hook.point.name: hook.save_state() for hook in self._with_state()}))
             self._resumed = False
-        report, counts = self._each([Train(rollout_id, shard, global_batch_size) for shard in shards])[0]
+        of_rank = [shards[self.config.layout.dp_rank(process.rank)] for process in self.processes]
+        report, counts = self._each([Train(rollout_id, shard, global_batch_size) for shard in of_rank])[0]
         for hook in self.hooks:
             if hook.point.name in counts:
                 hook.stats.rollout.merge(counts[hook.point.name])

@@ -1,6 +1,7 @@
 """The models of one process, the actor's and for PPO the critic's, and the trainer that is made of them.
 
-The same for a trainer that is one process (`run.trainers`) and for each rank of one in several (`worker`).
+The same for a trainer that is one process (`run.trainers`) and for each rank of one in several (`worker`). Before a
+model is loaded, `--custom-megatron-init-path` is called, once per process.
 """
 
 from __future__ import annotations
@@ -8,29 +9,31 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
-from miles.config import RunConfig
+from miles.config import OptimizerConfig, RunConfig
 from miles.hooks import Hooks
 from miles.observe.tracking import Tracker
 from miles.trainer.actor import TrainActor
+from miles.trainer.backend import Backend
 from miles.trainer.critic import Critic, critic_optimizer
-from miles.trainer.fsdp.backend import FsdpBackend
 from miles.trainer.ranks import Ranks
 from miles.trainer.schedule import Schedule
 from miles.weights import WeightTransport
 
 
 class Models:
-    """Loaded, and not ready to train yet. `ranks` is None in a trainer that is one process."""
+    """Loaded, and not ready to train yet. `ranks` is None for one process that is the driver's own."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks | None = None) -> None:
+    def __init__(self, config: RunConfig, args: Namespace, hooks: Hooks, ranks: Ranks | None = None) -> None:
         self.config = config
-        folder, train, optimizer = str(config.rollout.hf_checkpoint), config.train, config.optimizer
-        self.actor = FsdpBackend(folder, train, optimizer, ranks)
-        self.critic: FsdpBackend | None = None
+        make = MAKERS[config.train.train_backend](config, hooks, ranks)
+        if hooks.custom_megatron_init is not None:
+            hooks.custom_megatron_init(args)
+        self.actor = make("actor", config.optimizer)
+        self.critic: Backend | None = None
         if config.algorithm.use_critic:
-            own = critic_optimizer(optimizer)
-            self.critic = FsdpBackend(folder, train, own, ranks, role="critic", seed=config.run.seed)
+            self.critic = make("critic", critic_optimizer(config.optimizer))
 
     def trainer(
         self,
@@ -52,3 +55,34 @@ class Models:
         return TrainActor(
             self.actor, self.config, args, hooks, tracker, transport=transport, on_step=on_step, critic=critic
         )
+
+
+Role = Literal["actor", "critic"]
+Make = Callable[[Role, OptimizerConfig], Backend]
+
+
+def fsdp(config: RunConfig, hooks: Hooks, ranks: Ranks | None) -> Make:
+    from miles.trainer.fsdp.backend import FsdpBackend
+
+    folder = str(config.rollout.hf_checkpoint)
+    return lambda role, optimizer: FsdpBackend(
+        folder, config.train, optimizer, ranks, role=role, seed=config.run.seed
+    )
+
+
+def megatron(config: RunConfig, hooks: Hooks, ranks: Ranks | None) -> Make:
+    """Megatron's process groups are made before plug-ins are called."""
+    from miles.trainer.megatron.backend import MegatronBackend
+    from miles.trainer.megatron.ranks import make_groups
+    from miles.trainer.megatron.settings import MegatronSettings
+
+    assert ranks is not None, "Megatron needs a process group"
+    seed, minutes = config.run.seed, config.cluster.distributed_timeout_minutes
+    settings, own = MegatronSettings.of(config), make_groups(ranks, config.layout, seed=seed, timeout_minutes=minutes)
+    return lambda role, optimizer: MegatronBackend(
+        settings, optimizer, own, role=role, seed=seed, provider=hooks.custom_model_provider
+    )
+
+
+MAKERS: dict[str, Callable[[RunConfig, Hooks, Ranks | None], Make]] = {"fsdp": fsdp, "megatron": megatron}
+"""By `--train-backend`."""

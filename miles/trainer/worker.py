@@ -126,13 +126,12 @@ class Worker:
         stack.callback(self.ranks.leave)
         self.transport = SharedMemory(setup.weights_fd, self.config.rollout.update_weight_buffer_size)
 
-    def load(self) -> tuple[Layout, int]:
-        self.models = Models(self.config, self.ranks)
-        return self.transport.share(self.models.actor.weights())
-
-    def prepare(self, args: Namespace, schedule: Schedule) -> None:
+    def load(self, args: Namespace) -> tuple[Layout, int]:
+        """Bind plug-ins, which may have a part in how the model is made, and make it. `args` are kept for all later
+        calls."""
         run = self.config.run
         args.rank = self.setup.rank
+        self.args = args
         self.hooks = bind(
             trainer_side(args),
             policies=run.hook_policy,
@@ -142,10 +141,16 @@ class Worker:
         )
         self.hooks.set_bundle_dir(self.setup.bundles)
         self._stack.enter_context(Watchdog(self.hooks, [], on_stuck=self._stuck))
+        self.models = Models(self.config, args, self.hooks, self.ranks)
+        return self.transport.share(self.models.actor.weights())
+
+    def prepare(self, args: Namespace, schedule: Schedule) -> None:
+        """The rest; what `args` have become meanwhile is told to plug-ins through the Namespace that they know."""
+        vars(self.args).update({**vars(args), "rank": self.setup.rank})
         tracker = Recorder(self.pipe, self.setup.rank)
         install_tracker(tracker)
         self.actor = self.models.trainer(
-            args, self.hooks, tracker, schedule, transport=self.transport, on_step=self._on_step
+            self.args, self.hooks, tracker, schedule, transport=self.transport, on_step=self._on_step
         )
 
     def train(

@@ -24,7 +24,7 @@ from miles.batch.pack import PackedBatch
 from miles.loss import context_parallel, vocab_parallel
 from miles.loss.logprobs import TokenLogProbs
 from miles.loss.parallel_state import ParallelState
-from miles.trainer.backend import ModelOutput
+from miles.trainer.backend import Layout, ModelOutput
 from miles.trainer.megatron.inputs import Inputs
 
 # What stands in logits at rows that are no token: finite, so that 0 times it is 0, and exp of it is 0.
@@ -77,6 +77,10 @@ class HiddenOutput(ModelOutput):
         share = self.inputs.share
         return local if share is None else context_parallel.gather_response(local, share, self.parallel.cp_group)
 
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.inputs)
+
     def _flat(self, hidden: Tensor) -> Tensor:
         """The states that predict response tokens [R of this rank, D]."""
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.inputs.states)
@@ -103,11 +107,21 @@ class LogitsOutput(ModelOutput):
     def logits(self) -> Tensor:
         return masked(self.hidden.float(), self.parallel)
 
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.inputs)
+
     def values(self, micro: PackedBatch) -> Tensor:
         """From a critic's [B, S of this rank, 1]."""
         flat = self.hidden.transpose(0, 1).reshape(-1).index_select(0, self.inputs.states).float()
         share = self.inputs.share
         return flat if share is None else context_parallel.gather_response(flat, share, self.parallel.cp_group)
+
+
+def layout_of(inputs: Inputs) -> Layout:
+    if inputs.published is None:
+        return {"max_seq_len": inputs.tokens.shape[1]}
+    return {"num_places": inputs.tokens.shape[1], "packed_seq_params": inputs.published}
 
 
 def _of_all_ranks(local: TokenLogProbs, inputs: Inputs, parallel: ParallelState) -> TokenLogProbs:
