@@ -12,7 +12,6 @@ from typing import Any
 
 from miles.config import model_folder
 from miles.config.draft import Draft
-from miles.config.sections import FLAGS
 from miles.errors import FlagError
 
 Numbers = dict[str, Any]
@@ -183,14 +182,10 @@ def fill_architecture(draft: Draft) -> None:
 
 def _refuse_contradictions(draft: Draft, values: dict[str, Any], folder: str) -> None:
     wrong = [
-        f"{_shown(draft, name)}: config.json says {'none' if value is None else json.dumps(value)}"
+        f"{draft.shown(name)}: config.json says {'none' if value is None else json.dumps(value)}"
         for name, value in values.items()
         if draft.given(name) and name not in FREE and draft[name] != value
     ]
     if wrong:
         flag_text, _, rest = "\n".join(wrong).partition(": ")
         raise FlagError(flag_text, given=f"{rest}\nLeave out what describes the model: it is read from {folder}.")
-
-
-def _shown(draft: Draft, name: str) -> str:
-    return draft.option(name) if FLAGS[name].is_switch else f"{draft.option(name)} {draft[name]}"

@@ -38,6 +38,13 @@ class Draft:
     def option(self, name: str) -> str:
         return FLAGS[name].option
 
+    def shown(self, name: str) -> str:
+        """The flag as it would be written to get its value. Example: `--lr 0.1`, `--no-bf16`, `--swiglu`."""
+        flag, value = FLAGS[name], self.values[name]
+        if flag.kind == "either" and value is False:
+            return "--no-" + flag.option.removeprefix("--")
+        return flag.option if flag.is_switch else f"{flag.option} {value}"
+
     def given(self, name: str) -> bool:
         """Whether the user wrote this flag anywhere."""
         return self.origins[name] in GIVEN

@@ -295,6 +295,7 @@ def _expert_routing(draft: Draft) -> None:
 
 def gradients(draft: Draft) -> None:
     """What Megatron's own launch rules make of precision and overlap."""
+    draft.derive("variable_seq_lengths", draft["qkv_format"] == "thd")
     if draft["bf16"]:
         draft.derive("accumulate_allreduce_grads_in_fp32", True)
     if draft["overlap_param_gather"] and not (draft["use_distributed_optimizer"] and draft["overlap_grad_reduce"]):

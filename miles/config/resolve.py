@@ -114,11 +114,11 @@ def apply_statuses(draft: Draft) -> None:
         if not draft.given(name) or name in draft.claimed:
             continue
         if flag.only not in (None, draft["train_backend"]):
-            of_others += [_shown(draft, name)] if value != flag.default else []
+            of_others += [draft.shown(name)] if value != flag.default else []
             continue
         if not status.applies_to(value, flag.default):
             continue
-        shown = _shown(draft, name)
+        shown = draft.shown(name)
         if status.kind == "not_built":
             refused.append(f"{shown}: {status.sentence.rstrip(',')} is not built yet.")
         else:
@@ -318,7 +318,7 @@ def fsdp_processes(draft: Draft) -> None:
             raise FlagError("--fsdp-param-dtype", given=f"needs several trainer processes ({OF_TRAINER}).")
         for name, why in OF_SEVERAL_PROCESSES.items():
             if draft.given(name) and draft[name] != FLAGS[name].default:
-                draft.notices.append(f"{_shown(draft, name)}: no meaning here, {why}")
+                draft.notices.append(f"{draft.shown(name)}: no meaning here, {why}")
         return
     communication(draft)
     shared_step(draft, world)
@@ -346,10 +346,6 @@ def shared_step(draft: Draft, shares: int) -> None:
 
 
 OF_TRAINER = FLAGS["actor_num_gpus_per_node"].option
-
-
-def _shown(draft: Draft, name: str) -> str:
-    return draft.option(name) if FLAGS[name].is_switch else f"{draft.option(name)} {draft[name]}"
 
 
 OF_SEVERAL_PROCESSES = {

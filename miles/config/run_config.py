@@ -58,9 +58,12 @@ class RunConfig:
 
     @property
     def layout(self) -> ParallelLayout:
-        """Who computes what: with fsdp every process takes a share of the batch, dp_size == world_size."""
+        """Who computes what: with fsdp every process takes a share of the batch, dp_size == world_size.
+
+        So it is without a trainer (--debug-rollout-only), whose sizes are then those of the engines.
+        """
         world = self.cluster.world_size
-        if self.train.train_backend != "megatron":
+        if self.train.train_backend != "megatron" or self.debug.debug_rollout_only:
             return ParallelLayout(world)
         m = self.megatron
         return ParallelLayout(

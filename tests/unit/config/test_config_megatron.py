@@ -89,6 +89,7 @@ def test_with_fsdp_every_process_takes_a_share() -> None:
     config = settings(ACTOR, "2", TP, "2")
     assert config.layout == ParallelLayout(2) and config.layout.dp_size == 2
     assert f"{TP} 2: no meaning with --train-backend fsdp." in config.notices
+    assert "--no-bf16: no meaning with --train-backend fsdp." in settings("--no-bf16").notices
 
 
 WRONG = [
@@ -230,12 +231,18 @@ def test_what_follows(flags: list[str], expected: dict[str, object], tmp_path: P
         assert value_of(config, name) == value, name
 
 
+def test_without_a_trainer_the_parallel_flags_say_nothing(tmp_path: Path) -> None:
+    config = dense(tmp_path, TP, "2", "--debug-rollout-only")
+    assert config.layout == ParallelLayout(1)
+
+
 def test_args_carry_megatrons_names(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, QWEN3)
     flags = ["--train-backend", "megatron", "--hf-checkpoint", folder, PP, "2"]
     args = namespace(*flags, "--num-layers-per-virtual-pipeline-stage", "1")
     assert args.virtual_pipeline_model_parallel_size == 2 and args.world_size == 2
     assert (args.hidden_size, args.padded_vocab_size, args.add_bias_linear, args.bf16) == (64, 128, False, False)
+    assert args.variable_seq_lengths is True
 
 
 def test_with_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
