@@ -46,10 +46,10 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
-def make_folder(path: Path, name: str, *, shard: str = "5GB") -> None:
+def make_folder(path: Path, name: str, *, shard: str = "5GB", seed: int = 0) -> None:
     """Weights of every kind random, norms and biases too: a transposed or swapped one must show."""
     config = FAMILIES[name]
-    torch.manual_seed(len(name))
+    torch.manual_seed(len(name) + 1000 * seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():

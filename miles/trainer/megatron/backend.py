@@ -81,7 +81,6 @@ class MegatronBackend:
         vocabulary = Vocabulary.of(
             self.hf_config.vocab_size,
             tensor=settings.layout.tensor,
-            divisible_by=settings.vocab_divisible_by,
             padded=settings.padded_vocab_size,
         )
         self.parallel = parallel_state(vocabulary.size)
