@@ -577,11 +577,11 @@ class TrainActor:
         self.timers.reset()
         self._flops = Counter()
         ranks = self.backend.gather_over_ranks({**column_sums(shard), TOKENS: float(shard.total_lengths.sum())})
-        tokens = sum(values[TOKENS] for values in ranks)
+        tokens, sharing = sum(values[TOKENS] for values in ranks), self.config.layout.model_size
         metrics = {f"rollout/{name}": value for name, value in means_of(ranks).items()}
         metrics |= {
             **timer_metrics(seconds),
-            **{f"perf/{name}_tflops": flops[name] / seconds[name] / 1e12 for name in flops if seconds.get(name)},
+            **{f"perf/{name}_tflops": flops[name] / sharing / seconds[name] / 1e12 for name in flops if seconds.get(name)},
             "perf/actor_train_tok_per_s": tokens / seconds["actor_train"] if seconds.get("actor_train") else 0.0,
             "rollout/step": compute_rollout_step(self.args, rollout_id),
         }
