@@ -71,6 +71,12 @@ def announce(config: RunConfig, args: Namespace) -> None:
     """Once per process, before plug-ins are called: the run that the functions below speak of."""
     global _run
     _run = _Run(config, args)
+    try:
+        from megatron.training import global_vars
+    except ImportError:  # megatron-core alone
+        return
+    if hasattr(global_vars, "set_args"):  # Megatron-LM: its functions and its plug-ins ask there
+        global_vars.set_args(args)
 
 
 def get_args() -> Namespace:
