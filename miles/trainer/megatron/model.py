@@ -25,7 +25,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from miles.errors import UsageError
 from miles.trainer.megatron.layers import Rotary, spec
 
 # Standard deviation of a new critic's projection.
@@ -43,17 +42,9 @@ class Vocabulary:
     padded: int
 
     @staticmethod
-    def of(size: int, *, tensor: int, divisible_by: int = 1, padded: int | None = None) -> Vocabulary:
-        """UsageError where an explicit `padded` (`--padded-vocab-size`) is too small or cannot be cut."""
-        if padded is None:
-            multiple = divisible_by * tensor
-            return Vocabulary(size, -(-size // multiple) * multiple)
-        if padded < size or padded % tensor:
-            raise UsageError(
-                f"--padded-vocab-size {padded}: expected at least {size}, the vocabulary of --hf-checkpoint, and a "
-                f"multiple of --tensor-model-parallel-size {tensor}."
-            )
-        return Vocabulary(size, padded)
+    def of(size: int, *, tensor: int, padded: int | None) -> Vocabulary:
+        """Without an explicit size, the least that can be cut."""
+        return Vocabulary(size, -(-size // tensor) * tensor if padded is None else padded)
 
 
 class GPT(GPTModel):  # type: ignore[misc]

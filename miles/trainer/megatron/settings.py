@@ -37,30 +37,24 @@ class MegatronSettings:
     bf16: bool = False
     qkv_format: Format = "thd"
     pad_to: int = 1  # S of a micro batch is a multiple of it, beside what sequence parallelism needs
-    vocab_divisible_by: int = 1
-    padded_vocab_size: int | None = None
-    replay: bool = False
+    padded_vocab_size: int | None = None  # None: the next multiple of the tensor-parallel size
     bridge: bool = False
-    transformer_engine: bool = False
 
     @staticmethod
     def of(config: RunConfig) -> MegatronSettings:
         """Of a run; values of Megatron's enumerations and of torch's types come as text and are turned into those."""
-        megatron, train = config.megatron, config.train
-        divisible_by = megatron.make_vocab_size_divisible_by if config.origins["make_vocab_size_divisible_by"] != "default" else 1
+        train = config.train
         return MegatronSettings(
             str(config.rollout.hf_checkpoint),
             config.layout,
             config.overrides("TransformerConfig"),
             config.overrides("DistributedDataParallelConfig"),
             config.overrides("OptimizerConfig"),
-            bf16=bool(megatron.bf16),
+            bf16=bool(config.megatron.bf16),
             qkv_format=train.qkv_format,
-            vocab_divisible_by=divisible_by,
+            pad_to=config.rollout_buffer.data_pad_size_multiplier * config.layout.tensor,
             padded_vocab_size=train.padded_vocab_size,
-            replay=config.algorithm.use_routing_replay,
             bridge=train.megatron_to_hf_mode == "bridge",
-            transformer_engine=megatron.transformer_impl == "transformer_engine",
         )
 
     @property
@@ -68,12 +62,7 @@ class MegatronSettings:
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def vocabulary(self, hf_config: Any) -> Vocabulary:
-        return Vocabulary.of(
-            hf_config.vocab_size,
-            tensor=self.layout.tensor,
-            divisible_by=self.vocab_divisible_by,
-            padded=self.padded_vocab_size,
-        )
+        return Vocabulary.of(hf_config.vocab_size, tensor=self.layout.tensor, padded=self.padded_vocab_size)
 
     def transformer_config(
         self, hf_config: Any, device: torch.device, kind: type[TransformerConfig] = TransformerConfig
