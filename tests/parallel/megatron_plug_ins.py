@@ -41,7 +41,12 @@ def before_log_prob(args: Namespace, model: list[torch.nn.Module], store_prefix:
 
 
 def before_train_step(
-    args: Namespace, rollout_id: int, step_id: int, model: list[torch.nn.Module], optimizer: Any, opt_param_scheduler: Any
+    args: Namespace,
+    rollout_id: int,
+    step_id: int,
+    model: list[torch.nn.Module],
+    optimizer: Any,
+    opt_param_scheduler: Any,
 ) -> None:
     largest = max((float(g.abs().max()) for chunk in model for g in gradients(chunk)), default=0.0)
     SEEN.append(

@@ -123,13 +123,31 @@ def chunks(
         model.model_type = ModelType.encoder_or_decoder
         model.vp_stage = stage
         if role == "critic":
-            model.share_embeddings_and_output_weights = False  # all stages: the embeddings' gradients have one place
+            model.share_embeddings_and_output_weights = False  # on the first stage, too: it would wait for the last
             if last:
                 model.output_layer = ValueHead(config, device, seed)
+        mark_cut(model)
         for parameter in model.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         made.append(model.to(device))
     return made
+
+
+def mark_cut(model: torch.nn.Module) -> None:
+    """Say of each weight along which axis tensor parallelism has cut it. Megatron does so where it draws random
+    weights, and the norm of gradients counts what is not marked on one rank only."""
+    for module in model.modules():
+        for kind, axis in CUT.items():
+            weight = getattr(module, "weight", None) if isinstance(module, kind) else None
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                tensor_parallel.set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
+
+
+CUT: dict[type[torch.nn.Module], int] = {
+    tensor_parallel.VocabParallelEmbedding: 0,
+    tensor_parallel.ColumnParallelLinear: 0,
+    tensor_parallel.RowParallelLinear: 1,
+}
 
 
 def wrapped(models: list[Any], config: TransformerConfig, ddp: DistributedDataParallelConfig, role: Role) -> list[Any]:

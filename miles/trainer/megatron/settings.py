@@ -100,6 +100,10 @@ class MegatronSettings:
             "use_cpu_initialization": on_cpu,
             "perform_initialization": False,
         }
+        if layout.virtual is not None:
+            # Two stages that are each other's next and previous one: messages of a batch would be taken for others.
+            values.setdefault("overlap_p2p_comm", True)
+        values["batch_p2p_comm"] = not values.get("overlap_p2p_comm", False)
         scale = rope_frequencies(hf_config, values["kv_channels"])[1]
         if scale != 1.0:
             values["softmax_scale"] = scale**2 * values["kv_channels"] ** -0.5
