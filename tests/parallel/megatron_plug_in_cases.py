@@ -45,7 +45,7 @@ HOOKS = (
     *plug("--custom-megatron-before-train-step-hook-path", "before_train_step"),
 )
 PPO = ("--advantage-estimator", "ppo", "--kl-coef", "0.1", "--critic-lr", "1e-2", "--ref-load", "{other}")
-TIED_PPO = (*PPO, "--use-dynamic-batch-size", "--max-tokens-per-gpu", "60")
+PASSES = (*PPO, "--use-dynamic-batch-size", "--max-tokens-per-gpu", "60")
 CUSTOM = ("--loss-type", "custom_loss", *plug("--custom-loss-function-path", "loss"))
 REDUCER = "--custom-pg-loss-reducer-function-path"
 
@@ -65,10 +65,10 @@ class Case:
 
 
 CASES: dict[str, Case] = {
-    "hooks tp": Case((*HOOKS, *TIED_PPO), SP, as_one=None, rollouts=ROLLOUTS),
-    "hooks pp": Case((*HOOKS, *TIED_PPO), PP, as_one=None, rollouts=ROLLOUTS),
-    "hooks dp": Case((*HOOKS, *TIED_PPO), as_one=None, rollouts=ROLLOUTS),
-    "hooks fsdp": Case((*HOOKS, *TIED_PPO), as_one=None, rollouts=ROLLOUTS, backend="fsdp"),
+    "hooks tp": Case((*HOOKS, *PASSES), SP, as_one=None, rollouts=ROLLOUTS),
+    "hooks pp": Case((*HOOKS, *PASSES, *model("gpt_model")), PP, as_one=None, rollouts=ROLLOUTS),
+    "hooks dp": Case((*HOOKS, *PASSES), as_one=None, rollouts=ROLLOUTS),
+    "hooks fsdp": Case((*HOOKS, *PASSES), as_one=None, rollouts=ROLLOUTS, backend="fsdp"),
     "ppo pp": Case(PPO, PP, as_one=PPO),
     "model tp": Case(model("gpt_model"), SP),
     "model tp, two samples at once": Case((*model("gpt_model"), "--micro-batch-size", "2"), TP, tied=False),

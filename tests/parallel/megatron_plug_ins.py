@@ -25,15 +25,7 @@ def init(args: Namespace) -> None:
         if mpu.model_parallel_is_initialized():
             groups = f"tp{mpu.get_tensor_model_parallel_rank()} pp{mpu.get_pipeline_model_parallel_rank()}"
     args.seen_by_init = True
-    SEEN.append({"call": "init", "args": id(args), "groups": groups, "models_before": number_of_models()})
-
-
-def number_of_models() -> int:
-    import gc
-
-    from megatron.core.models.gpt import GPTModel
-
-    return sum(isinstance(thing, GPTModel) for thing in gc.get_objects())
+    SEEN.append({"call": "init", "args": id(args), "groups": groups})
 
 
 def before_log_prob(args: Namespace, model: list[torch.nn.Module], store_prefix: str) -> None:
@@ -87,6 +79,7 @@ def gpt_model(pre_process: bool = True, post_process: bool = True, vp_stage: int
     from miles.backends.megatron_utils.layer_specs import get_decoder_block_spec
 
     args = get_args()
+    SEEN.append({"call": "model", "args": id(args), "stages": (pre_process, post_process)})
     config = core_transformer_config_from_args(args)
     return GPTModel(
         config=config,
