@@ -7,7 +7,6 @@ came out as `<FOLDER>/<case>.pt`, written by rank 0.
 from __future__ import annotations
 
 import sys
-import time
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from miles.hooks import bind
 from miles.loss.parallel_state import ParallelState
 from miles.loss.reduce import Reducer
 from miles.observe.tracking import Tracker
+from miles.trainer.backend import Backend
 from miles.trainer.models import Models
 from miles.trainer.ranks import Ranks
 from miles.trainer.schedule import schedule_of
@@ -62,6 +62,7 @@ PADDED = ("--qkv-format", "bshd")
 R2, R3 = ("--use-routing-replay",), ("--use-rollout-routing-replay",)
 PPO = ("--advantage-estimator", "ppo", "--kl-coef", "0.1", "--critic-lr", "1e-2", *REFERENCE)
 KL = ("--use-kl-loss", "--kl-loss-coef", "0.1", *REFERENCE)
+GSPO = ("--advantage-estimator", "gspo", "--use-opsm", "--opsm-delta", "0.02")
 CUSTOM = ("--loss-type", "custom_loss", "--custom-loss-function-path", f"{__file__}:published_loss")
 
 
@@ -120,7 +121,7 @@ CASES: dict[str, Case] = {
     "dp per token": Case(2, flags=("--calculate-per-token-loss",)),
     "cp": Case(2, layout=cp(2)),
     "cp one by one": Case(2, layout=cp(2), split=ONE_BY_ONE),
-    "cp gspo, opsm": Case(2, layout=cp(2), flags=("--advantage-estimator", "gspo", "--use-opsm", "--opsm-delta", "0.02")),
+    "cp gspo, opsm": Case(2, layout=cp(2), flags=GSPO),
     "cp ppo": Case(2, layout=cp(2), flags=PPO),
     "cp custom loss": Case(2, layout=cp(2), flags=CUSTOM),
     "cp per token": Case(2, "qwen2", cp(2), ("--calculate-per-token-loss", "--entropy-coef", "0.01")),
@@ -189,8 +190,9 @@ def run(case: Case, folder: Path, ranks: Ranks | None) -> Trace:
     """Train with Megatron on these ranks, or with fsdp in this process where there are none."""
     backend = FSDP if ranks is None else (*MEGATRON, *case.layout, *case.split)
     flags = [word.format(reference=folder / f"{case.model} reference") for word in case.flags]
-    folders = ("--hf-checkpoint", str(folder / case.model), "--actor-num-gpus-per-node", str(1 if ranks is None else case.size))
-    config, args = parse([*without_backend(FLAGS), *backend, *folders, *flags])
+    size = 1 if ranks is None else case.size
+    place = ("--hf-checkpoint", str(folder / case.model), "--actor-num-gpus-per-node", str(size))
+    config, args = parse([*without_backend(FLAGS), *backend, *place, *flags])
     trace = Trace()
     hooks = bind(args)
     models = Models(config, args, hooks, ranks)
@@ -200,9 +202,14 @@ def run(case: Case, folder: Path, ranks: Ranks | None) -> Trace:
     data = config.data
     shards = split_batch(batch_of(config), config.layout.dp_size, balance=data.balance_data)
     actor.train_shards(0, shards, data.global_batch_size or 0)
-    for bucket in actor.backend.weights().buckets(9000):
-        trace.weights |= {name: tensor.detach().clone() for name, tensor in bucket.items()}
+    trace.weights = whole(actor.backend)
     return trace
+
+
+def whole(backend: Backend) -> dict[str, Tensor]:
+    """The weights in whole tensors, on rank 0."""
+    buckets = backend.weights().buckets(9000)
+    return {name: tensor.detach().clone() for bucket in buckets for name, tensor in bucket.items()}
 
 
 def without_backend(flags: list[str]) -> list[str]:
@@ -224,11 +231,9 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
         rank, size, folder / f"store{size}", backend="gloo", cpu_backend="gloo", timeout_s=60, device="cpu"
     )
     for name in names or [name for name, case in CASES.items() if case.size == size]:
-        begin = time.monotonic()
         trace = run(CASES[name], folder, ranks)
         if rank == 0:
             torch.save(vars(trace), folder / f"{name}.pt")
-            print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
         mpu.destroy_model_parallel()
     ranks.leave()
 

@@ -185,7 +185,9 @@ class MegatronBackend:
 
         def on_last(work: Work, output: ModelOutput) -> tuple[Tensor, dict[str, Any]]:
             if work.is_idle:
-                return output.hidden.float().sum() * 0, {}
+                # Of every parameter: gradients that travel early wait for each of them.
+                parts = (output.hidden, output.head_weight, output.head_bias)
+                return sum(part.float().sum() * 0 for part in parts if part is not None), {}
             result = loss_fn(work.micro, output)
             results.append(result.detached())
             return result.loss, {}
