@@ -93,7 +93,7 @@ class MegatronBackend:
         # A model of the user's own may do anything between its last state and its logits.
         self._gives_hidden = provider is None
         if provider is not None:
-            self.config = adopt(made, self.config, settings.folder, own_head=role == "critic")
+            self.config = adopt(made, self.config, settings.folder, ranks, own_head=role == "critic")
         for model in made:
             if isinstance(model, GPT):
                 model.gives_hidden = self._gives_hidden

@@ -28,7 +28,7 @@ from miles.errors import UsageError
 from miles.trainer.megatron import convert
 from miles.trainer.megatron.model import Provider, Role, ValueHead, own_provider
 from miles.trainer.megatron.settings import MegatronSettings
-from miles.trainer.ranks import own_device
+from miles.trainer.ranks import Ranks, own_device
 
 # Of the configuration of a provider's model: what must be as the process groups are.
 LAYOUT = (
@@ -140,12 +140,14 @@ def _settings_of(args: Namespace) -> MegatronSettings:
 # ---- what is asked of their models -----------------------------------------------------------------------------------
 
 
-def adopt(models: Sequence[Any], ours: TransformerConfig, folder: str | Path, *, own_head: bool) -> TransformerConfig:
+def adopt(
+    models: Sequence[Any], ours: TransformerConfig, folder: str | Path, ranks: Ranks, *, own_head: bool
+) -> TransformerConfig:
     """The configuration of a provider's model chunks, which the pipeline's schedule and the optimizer follow.
 
     `ours` is that of the model that the run would have without the provider: its parameters, cut in the same way, are
     those that weights of `folder` go to. With `own_head` (a critic) the output layer is not the folder's. ProviderError
-    where the chunks have others.
+    where the chunks have others. Every rank must call this.
     """
     for model in models:
         missing = [name for name in ATTRIBUTES if not hasattr(model, name)]
@@ -170,8 +172,12 @@ def adopt(models: Sequence[Any], ours: TransformerConfig, folder: str | Path, *,
             f"returned a {type(models[0]).__name__} that is not the model of --hf-checkpoint {folder} on this layout:\n"
             f"  {listed}\nexpected the parameters of that model, by Megatron's names and shapes"
         )
+    is_frozen = not all(parameter.requires_grad for model in models for parameter in model.parameters())
+    some_rank_is = bool(ranks.largest(int(is_frozen)))
     for model in models:
         own = model.config
+        # Checkpoints hold all layers in one tensor, but for optimizers that know only some of them.
+        own.hetereogenous_dist_checkpoint |= some_rank_is
         own.finalize_model_grads_func = finalize_model_grads
         own.variable_seq_lengths = True
         own.pipeline_dtype = own.params_dtype
