@@ -20,7 +20,6 @@ import httpx
 import pytest
 import torch
 import yaml
-
 from safetensors.torch import load_file
 
 from miles.__main__ import main

@@ -60,6 +60,7 @@ class Case:
     backend: str = "megatron"
     as_one: tuple[str, ...] | None = ()
     tied: bool = True
+    layers: int = 2
     rollouts: int = 1
     size: int = 2
 
@@ -73,6 +74,7 @@ CASES: dict[str, Case] = {
     "model tp": Case(model("gpt_model"), SP),
     "model tp, two samples at once": Case((*model("gpt_model"), "--micro-batch-size", "2"), TP, tied=False),
     "model pp": Case(model("gpt_model"), PP),
+    "model virtual": Case(model("gpt_model"), (*PP, "--num-layers-per-virtual-pipeline-stage", "1"), layers=4),
     "model cp": Case((*model("gpt_model"), "--micro-batch-size", "4"), CP),
     "model cp, untied": Case((*model("built_in"), "--micro-batch-size", "3"), CP, tied=False),
     "model dp": Case(model("built_in")),
@@ -93,8 +95,8 @@ def run(case: Case, folder: Path, ranks: Ranks | None) -> dict[str, Any]:
     megatron_plug_ins.SEEN.clear()
     size, backend = (1, "fsdp") if ranks is None else (ranks.size, case.backend)
     given = (case.as_one or ()) if ranks is None else (*ONE_BY_ONE, *case.flags, *case.layout)
-    folders = ("--hf-checkpoint", make_model(folder, tied=case.tied), "--actor-num-gpus-per-node", str(size))
-    other = make_model(folder, tied=case.tied, seed=1)
+    own, other = (make_model(folder, tied=case.tied, seed=seed, layers=case.layers) for seed in (0, 1))
+    folders = ("--hf-checkpoint", own, "--actor-num-gpus-per-node", str(size))
     split = ALL_AT_ONCE if ranks is None else ()
     config, args = parse(
         [*FLAGS, "--train-backend", backend, *folders, *split, *(word.format(other=other) for word in given)]

@@ -101,6 +101,8 @@ def built_in(pre_process: bool = True, post_process: bool = True, vp_stage: int 
 
     from miles.backends.megatron_utils.model_provider import get_model_provider_func
 
+    critic = get_model_provider_func(get_args(), role="critic")(pre_process, post_process, vp_stage)
+    SEEN.append({"call": "built_in", "values": tuple(critic.output_layer.weight.shape)})
     return get_model_provider_func(get_args())(pre_process, post_process, vp_stage)
 
 

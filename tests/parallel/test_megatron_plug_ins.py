@@ -27,9 +27,9 @@ Seen = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plug_ins")
-    for tied in (True, False):
+    for case in CASES.values():
         for seed in (0, 1):
-            make_model(folder, tied=tied, seed=seed)
+            make_model(folder, tied=case.tied, seed=seed, layers=case.layers)
     for size in (1, 2):
         run_ranks(Path(megatron_plug_in_cases.__file__), size, folder)
     return folder
@@ -60,7 +60,7 @@ def test_it_trains_as_one_process_does(name: str, trained: Path) -> None:
     state = {name: tensor for name, tensor in want["weights"].items() if name in got["weights"]}
     assert state.keys() == got["weights"].keys() and len(state) > 10
     for key, tensor in state.items():
-        torch.testing.assert_close(got["weights"][key], tensor, rtol=RELATIVE, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        assert torch.allclose(got["weights"][key], tensor, rtol=RELATIVE, atol=1e-5), key
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -141,3 +141,7 @@ def test_providers_are_told_their_stage(trained: Path) -> None:
     for rank, stages in enumerate([(True, False), (False, True)]):
         built = [call for call in seen(trained, "hooks pp", rank) if call["call"] == "model"]
         assert [call["stages"] for call in built] == [stages, stages], "of the actor, and of the critic"
+
+
+def test_a_provider_can_have_a_critic_built(trained: Path) -> None:
+    assert {call["values"] for call in seen(trained, "model dp", 0)} == {(1, 32)}

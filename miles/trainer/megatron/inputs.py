@@ -2,8 +2,8 @@
 
     packed (thd)   the rows one after another as [1, S]; S is padded to what sequence parallelism can cut
     padded (bshd)  one row each, [B, S], padded at the end to the longest
-    zigzag         packed under context parallelism: each row is padded to 2 * cp chunks of equal length, of which rank r
-                   holds the chunks r and 2 * cp - 1 - r, so that causal attention costs every rank the same
+    zigzag         packed under context parallelism: each row is padded to 2 * cp chunks of equal length, of which
+                   rank r holds the chunks r and 2 * cp - 1 - r, so that causal attention costs every rank the same
 
 A model sees the rows through `packed_seq_params`, always a `Packed`: ours as one sequence with positions of its own, so
 that rows can share a prompt; a model provider's as the published `PackedSeqParams` of the layout thd.
@@ -122,7 +122,7 @@ def _packed(micro: PackedBatch, multiple_of: int) -> Inputs:
     padding = torch.arange(size, size + room, device=device)
     starts = micro.cu_seqlens if not room else torch.cat([micro.cu_seqlens, micro.cu_seqlens[-1:] + room])
     packing = Packing.of(starts.int(), torch.cat([micro.row_places, padding]))
-    own = {"packing": packing, "max_seqlen_q": packing.width, "max_seqlen_kv": packing.width}
+    own: dict[str, Any] = {"packing": packing, "max_seqlen_q": packing.width, "max_seqlen_kv": packing.width}
     is_shared = len(micro.row_places) > size
     return Inputs(
         tokens=F.pad(micro.tokens, (0, room))[None],

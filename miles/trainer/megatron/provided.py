@@ -181,4 +181,4 @@ def adopt(
         own.finalize_model_grads_func = finalize_model_grads
         own.variable_seq_lengths = True
         own.pipeline_dtype = own.params_dtype
-    return config  # type: ignore[no-any-return]
+    return config

@@ -263,7 +263,7 @@ def test_execute_train_really_starts_miles(capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"megatron_model_type": "qwen3-4B", "train_args": "--train-backend fsdp"}, "'qwen3-4B' beside --train-backend"),
+        ({"megatron_model_type": "qwen3-4B", "train_args": "--train-backend fsdp"}, "'qwen3-4B' beside --train"),
         ({"config": U.ExecuteTrainConfig(num_nodes=2)}, "expected one node, got num_nodes=2"),
         ({"train_script": "nowhere/train_async.py"}, "no such file"),
     ],
