@@ -287,7 +287,8 @@ class TrainActor:
         """Fill the column `log_probs` for `rows`; other rows stay NaN until their own forward pass."""
         records = self._tape is not None and not self._tape.from_engine
         if self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics and not records:
-            rows = rows[:0]
+            shard.response_columns["log_probs"] = torch.full((len(shard.loss_masks),), math.nan)
+            return  # nobody reads them
         with self.timers.context("log_probs"), nullcontext() if self.older is None else self.older.in_use():
             self._pass(shard, "log_probs", rows, self._read_log_probs)
 
@@ -315,13 +316,12 @@ class TrainActor:
     ) -> None:
         """Fill the column `name` for `rows` by a pass without gradients. Other weights route tokens as they like:
         their passes are none that `replays`."""
-        before = self.hooks.custom_megatron_before_log_prob_hook
-        if before is not None:
-            before(self.args, self.backend.model_chunks, store_prefix)
+        hook = self.hooks.custom_megatron_before_log_prob_hook
+        before = None if hook is None else lambda: hook(self.args, self.backend.model_chunks, store_prefix)
         micros = self._micro_batches(shard, rows, replays=replays)
         self._flops[name] += forward_flops(self.backend.hf_config, shard.total_lengths[rows])
         record = self._tape.record if self._tape is not None and replays else None
-        for micro, values in zip(micros, self.backend.forward_only(micros, read, record)):
+        for micro, values in zip(micros, self.backend.forward_only(micros, read, record, before)):
             if name not in shard.response_columns:
                 shard.response_columns[name] = torch.full((len(shard.loss_masks),), math.nan, dtype=values.dtype)
             shard.response_columns[name][micro.response_places.cpu()] = values

@@ -156,9 +156,11 @@ class Worker:
     def train(
         self, rollout_id: int, shard: TrainBatch, global_batch_size: int
     ) -> tuple[TrainReport, dict[str, Counts]]:
-        self.hooks.begin_rollout()
+        """The report, and the calls of plug-ins since the one before: those that made the model are the first's."""
         report = self.actor.train(rollout_id, shard, global_batch_size)
-        return report, {hook.point.name: hook.stats.rollout for hook in self.hooks}
+        counts = {hook.point.name: hook.stats.rollout for hook in self.hooks}
+        self.hooks.begin_rollout()
+        return report, counts
 
     def save(self, to: Save) -> None:
         with timer("save_model"):

@@ -124,11 +124,14 @@ class FsdpBackend:
         micro_batches: Sequence[PackedBatch],
         read: Callable[[PackedBatch, ModelOutput], Tensor],
         record: Record | None = None,
+        before: Callable[[], None] | None = None,
     ) -> list[Tensor]:
         missing = self._missing(micro_batches)
         self.model.eval()
         try:
             with torch.no_grad():
+                if before is not None:
+                    before()
                 results = [self._read(micro, read, record).cpu() for micro in micro_batches]
                 for _ in range(missing):
                     self._forward(self._idle)

@@ -101,3 +101,8 @@ def told_by_last_stage(message: Any) -> Any:
     dist.broadcast(text, source, group=group)
     return json.loads(bytes(text.numpy()))
 
+
+def print_rank_0(message: object) -> None:
+    """Print on the first rank of all, or where there is only one."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(message, flush=True)
