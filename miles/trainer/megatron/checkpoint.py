@@ -137,15 +137,17 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, flag: str = "--
     own = None if optimizer is None else common.get(OWN)
     state = without_objects(model_state(chunks))
     check(state, there, folder, flag, "the checkpoint is of another architecture than --hf-checkpoint")
-    if own is not None:
-        refuse_other_optimizer(own["distributed"], is_distributed(optimizer), folder, flag)
+    if own is None:
+        with readable(folder, flag):
+            dist_checkpointing.load(state, str(folder))
+        return None
+    refuse_other_optimizer(own["distributed"], is_distributed(optimizer), folder, flag)
+    with own_settings(optimizer):
         state[OPTIMIZER] = optimizer_state(optimizer, state, is_loading=True)
         check(state[OPTIMIZER], there, folder, flag, "the optimizer in the checkpoint is another")
-    with readable(folder, flag):
-        found = dist_checkpointing.load(state, str(folder))
-    if own is None:
-        return None
-    load_optimizer(optimizer, found[OPTIMIZER])
+        with readable(folder, flag):
+            found = dist_checkpointing.load(state, str(folder))
+        load_optimizer(optimizer, found[OPTIMIZER])
     return int(own["num_steps"])
 
 
@@ -220,7 +222,7 @@ def readable(folder: Path, flag: str) -> Iterator[None]:
         ) from error
 
 
-class _Looked(pickle.Unpickler):
+class Looked(pickle.Unpickler):
     """Reads a description as far as it names nothing that could do anything."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -239,7 +241,7 @@ def refuse_foreign(folder: Path, flag: str) -> None:
     """CheckpointError for a description that refers to anything but what descriptions are made of: reading it would
     call that."""
     with readable(folder, flag), open(folder / DESCRIPTION, "rb") as file:
-        _Looked(file).load()
+        Looked(file).load()
 
 
 # ---- model and optimizer -------------------------------------------------------------------------------------------
@@ -300,7 +302,7 @@ def told_steps(optimizer: Any) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: Any, found: Any) -> None:
-    """Moments, masters and steps of `found`; the settings of the parameter groups stay."""
+    """Moments, masters and steps of `found`."""
     parts = optimizer.chained_optimizers
     with told_steps(optimizer):
         for number, part in enumerate(parts):
@@ -309,8 +311,9 @@ def load_optimizer(optimizer: Any, found: Any) -> None:
 
 
 def load_part(part: Any, found: Any) -> None:
-    before = [dict(group) for group in part.optimizer.param_groups]
     moments = found.pop("param_state", None)
+    if moments is None:  # a step of 0 is left out when it is saved
+        found.get("optimizer", found)["state"].setdefault("common_step", torch.tensor(0.0))
     part.load_state_dict(found)
     # Megatron lets all parameters share the tensor of the step, and would look for it among the moments.
     states = [state for state in part.optimizer.state.values() if isinstance(state.get("step"), torch.Tensor)]
@@ -319,8 +322,19 @@ def load_part(part: Any, found: Any) -> None:
         part.load_parameter_state_from_fully_reshardable(moments)
     for state, step in zip(states, steps, strict=True):
         state["step"] = step
-    for group, own in zip(part.optimizer.param_groups, before, strict=True):
-        step = {} if states or "step" not in group else {"step": group["step"]}
-        own = {**own, "params": group["params"], **step}
-        group.clear()
-        group.update(own)
+
+
+@contextmanager
+def own_settings(optimizer: Any) -> Iterator[None]:
+    """The settings of parameter groups are afterwards what they were; an optimizer that counts its steps there has the
+    count that was loaded."""
+    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    before = [[dict(group) for group in part.optimizer.param_groups] for part in parts]
+    yield
+    for part, groups in zip(parts, before, strict=True):
+        counts_there = not isinstance(part.optimizer, torch.optim.Adam)
+        for group, own in zip(part.optimizer.param_groups, groups, strict=True):
+            count = {"step": group["step"]} if counts_there and "step" in group else {}
+            own = {**own, "params": group["params"], **count}
+            group.clear()
+            group.update(own)
