@@ -4,7 +4,7 @@
     <folder>/__<rank>_<n>.distcp                     the pieces: weights, and moments of the optimizer by parameter
 
 The optimizer is written in Megatron's format `fully_reshardable`: one tensor per parameter, whoever holds it. Its
-settings (rates, decay) are those of the flags and are not taken from a checkpoint; its step is.
+settings (rates, decay) are those of the flags and are not taken from a checkpoint; moments and steps are.
 
 Files are written by processes of Megatron's (`writers`) and read here, where they may come from anywhere. Megatron
 describes the pieces in a pickle, which can name any function: it is looked through before it is read, and only what
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ from miles.trainer.megatron.model import unwrapped
 OPTIMIZER = "optimizer"
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
-# What is written here and by nobody else: the schedule's step, and the kind of optimizer.
+# What is written here and by nobody else: steps of the schedule and of the optimizer, and the optimizer's kind.
 OWN = "miles"
 
 DESCRIPTION, MARK = ".metadata", "metadata.json"
@@ -93,8 +94,12 @@ class Saver:
         state = model_state(chunks)
         if optimizer is not None:
             state[OPTIMIZER] = optimizer_state(optimizer, state, is_loading=False)
-            state[OWN] = {"num_steps": num_steps, "distributed": is_distributed(optimizer)}
-        with writable(folder), writers.die_with_this_process():
+            state[OWN] = {
+                "num_steps": num_steps,
+                "optimizer_steps": steps_taken(optimizer),
+                "distributed": is_distributed(optimizer),
+            }
+        with writable(folder), quietly(), writers.of_one_save():
             request = dist_checkpointing.save(
                 state, str(folder), async_sharded_save=background, content_metadata=dict(CONTENT)
             )
@@ -103,8 +108,16 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for what is being written. Raises what went wrong with it."""
-        with writable(self._folder):
+        with writable(self._folder), quietly():
             self._queue.maybe_finalize_async_calls(blocking=True)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the notices of torch about what Megatron still uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager
@@ -125,7 +138,8 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, flag: str = "--load") -> int | None:
-    """Fill the model in place, and `optimizer` if it is not None and this file's `Saver` has written it.
+    """Fill the model in place, and `optimizer` if it is not None and this file's `Saver` has written it. Megatron reads
+    into the tensors that describe what is wanted.
 
     The schedule's step, or None where there is no optimizer to load. CheckpointError, which names `flag`, for what is
     no checkpoint of this model, and for one that would run code.
@@ -147,7 +161,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, *, flag: str = "--
         check(state[OPTIMIZER], there, folder, flag, "the optimizer in the checkpoint is another")
         with readable(folder, flag):
             found = dist_checkpointing.load(state, str(folder))
-        load_optimizer(optimizer, found[OPTIMIZER])
+        use_moments(optimizer, found[OPTIMIZER], own["optimizer_steps"])
     return int(own["num_steps"])
 
 
@@ -209,7 +223,7 @@ def _tensors(state: Any) -> Iterator[ShardedTensor]:
 def readable(folder: Path, flag: str) -> Iterator[None]:
     """CheckpointError for what cannot be read. Inside, `torch.load` takes what Megatron's own training writes."""
     try:
-        with torch.serialization.safe_globals(list(SAFE_GLOBALS)):
+        with torch.serialization.safe_globals(list(SAFE_GLOBALS)), quietly():
             yield
     except DAMAGE as error:
         reason = str(error).strip()
@@ -261,7 +275,7 @@ def optimizer_state(optimizer: Any, model: dict[str, Any], *, is_loading: bool) 
     """Masters and moments as sharded tensors."""
     for part in optimizer.chained_optimizers:
         make_moments(part)
-    with told_steps(optimizer):
+    with told_steps(optimizer, steps_taken(optimizer)):
         return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=CONTENT)
 
 
@@ -279,56 +293,64 @@ def make_moments(part: Any) -> None:
                 part.optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
 
 
-@contextmanager
-def told_steps(optimizer: Any) -> Iterator[None]:
-    """Megatron takes the number of steps from any of the parameters that a rank steps. A rank of the distributed
-    optimizer may step none, where a buffer is smaller than there are ranks: inside, it is told by the others."""
-    parts = [part for part in optimizer.chained_optimizers if isinstance(part.optimizer, torch.optim.Adam)]
-    own = [float(state["step"]) for part in parts for state in part.optimizer.state.values()]
-    steps = torch.tensor(max(own, default=0.0))
+def steps_taken(optimizer: Any) -> float:
+    """Of the parameters, which are stepped together. A rank of the distributed optimizer may hold none, where a buffer
+    is smaller than there are ranks: it is told by the others."""
+    own = [0.0]
+    for part in real_parts(optimizer):
+        own += [float(state["step"]) for state in part.optimizer.state.values() if "step" in state]
+        own += [float(group["step"]) for group in part.optimizer.param_groups if "step" in group]
+    steps = torch.tensor(max(own))
     dist.all_reduce(steps, op=dist.ReduceOp.MAX)
-    changed = [part.optimizer for part in parts if not part.optimizer.state]
+    return float(steps)
 
-    def with_steps(inner: Any) -> Any:
-        return lambda: {**type(inner).state_dict(inner), "state": {0: {"step": steps}}}
 
-    for inner in changed:
-        inner.state_dict = with_steps(inner)
+def real_parts(optimizer: Any) -> list[Any]:
+    return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+
+
+@contextmanager
+def told_steps(optimizer: Any, steps: float) -> Iterator[None]:
+    """Megatron takes the number of steps from the state of any parameter of a rank. Inside, a rank without one has it
+    all the same."""
+    inner = [part.optimizer for part in real_parts(optimizer) if isinstance(part.optimizer, torch.optim.Adam)]
+    changed = [each for each in inner if not each.state]
+
+    def with_steps(each: Any) -> Any:
+        return lambda: {**type(each).state_dict(each), "state": {0: {"step": torch.tensor(steps)}}}
+
+    for each in changed:
+        each.state_dict = with_steps(each)
     try:
         yield
     finally:
-        for inner in changed:
-            del inner.state_dict
+        for each in changed:
+            del each.state_dict
 
 
-def load_optimizer(optimizer: Any, found: Any) -> None:
-    """Moments, masters and steps of `found`."""
+def use_moments(optimizer: Any, found: Any, steps: float) -> None:
+    """What `found` holds for the distributed optimizer, whose tensors are parts of it; others have been filled in place.
+    And the step of every parameter: a tensor of its own, which Megatron would let them share."""
     parts = optimizer.chained_optimizers
-    with told_steps(optimizer):
-        for number, part in enumerate(parts):
-            if not part.is_stub_optimizer:
-                load_part(part, found if len(parts) == 1 else found[number])
-
-
-def load_part(part: Any, found: Any) -> None:
-    moments = found.pop("param_state", None)
-    if moments is None:  # a step of 0 is left out when it is saved
-        found.get("optimizer", found)["state"].setdefault("common_step", torch.tensor(0.0))
-    part.load_state_dict(found)
-    # Megatron lets all parameters share the tensor of the step, and would look for it among the moments.
-    states = [state for state in part.optimizer.state.values() if isinstance(state.get("step"), torch.Tensor)]
-    steps = [state.pop("step").clone() for state in states]
-    if moments is not None:
-        part.load_parameter_state_from_fully_reshardable(moments)
-    for state, step in zip(states, steps, strict=True):
-        state["step"] = step
+    for number, part in enumerate(parts):
+        if part.is_stub_optimizer:
+            continue
+        states = list(part.optimizer.state.values())
+        with_step = [state for state in states if state.pop("step", None) is not None]
+        if isinstance(part, DistributedOptimizer):
+            own = found if len(parts) == 1 else found[number]
+            part.load_parameter_state_from_fully_reshardable(own["param_state"])
+        for state in with_step:
+            state["step"] = torch.tensor(steps)
+        if not with_step and not isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group["step"] = int(steps)
 
 
 @contextmanager
 def own_settings(optimizer: Any) -> Iterator[None]:
-    """The settings of parameter groups are afterwards what they were; an optimizer that counts its steps there has the
-    count that was loaded."""
-    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    """What is changed inside about the settings of parameter groups is changed back, but for a count of steps."""
+    parts = real_parts(optimizer)
     before = [[dict(group) for group in part.optimizer.param_groups] for part in parts]
     yield
     for part, groups in zip(parts, before, strict=True):

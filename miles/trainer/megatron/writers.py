@@ -31,10 +31,13 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Reports:
-    """One report at a time, from a process that was forked or from this one: what Megatron asks of its queue."""
+    """The report on one save, from a process that was forked or from this one: what Megatron asks of its queue."""
 
     def __init__(self) -> None:
         self._fd = anonymous_file()
+
+    def __del__(self) -> None:
+        os.close(self._fd)
 
     def put(self, report: Any) -> None:
         data = pickle.dumps(report)
@@ -73,13 +76,14 @@ def _in_child() -> None:
 os.register_at_fork(before=_before, after_in_child=_in_child)
 
 assert hasattr(filesystem_async, "_results_queue"), "Megatron-Core keeps its writers' queue elsewhere"
-filesystem_async._results_queue = Reports()
 
 
 @contextmanager
-def die_with_this_process() -> Iterator[None]:
-    """What is forked inside ends when the thread that forks it ends, and so do its own forks. Linux only: elsewhere
-    writers end when they have written."""
+def of_one_save() -> Iterator[None]:
+    """Writers that are started inside report to a file of their own, as several saves may be under way. They end when
+    the thread that starts them ends, and so do their own forks (on Linux: elsewhere they end when they have written).
+    """
+    filesystem_async._results_queue = Reports()
     _Forks.die_with_us = True
     try:
         yield
