@@ -46,10 +46,10 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
-def make_folder(path: Path, name: str, *, shard: str = "5GB") -> None:
+def make_folder(path: Path, name: str, *, shard: str = "5GB", seed: int = 0) -> None:
     """Weights of every kind random, norms and biases too: a transposed or swapped one must show."""
     config = FAMILIES[name]
-    torch.manual_seed(len(name))
+    torch.manual_seed(len(name) + 1000 * seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,6 +65,8 @@ class Split:
     pipeline: int = 1
     virtual: int | None = None
     expert: int = 1
+    expert_tensor: int = 1  # where there are experts
+    context: int = 1  # of the groups only: stock attention knows none, and weights do not depend on it
     sequence: bool = False
     first_stage_layers: int | None = None
     stages: str | None = None  # Megatron's notation, as "Et|tttL"
@@ -108,7 +110,8 @@ def build(folder: Path, split: Split) -> tuple[list[nn.Module], Any]:
         pipeline_model_parallel_size=split.pipeline,
         virtual_pipeline_model_parallel_size=split.virtual,
         expert_model_parallel_size=split.expert,
-        expert_tensor_parallel_size=1 if split.expert > 1 else None,
+        expert_tensor_parallel_size=split.expert_tensor,
+        context_parallel_size=split.context,
     )
     if torch.cuda.is_available():
         model_parallel_cuda_manual_seed(1)
@@ -162,7 +165,7 @@ def transformer_config(hf: Any, split: Split) -> Any:
             "moe_router_topk": hf.num_experts_per_tok, "moe_router_dtype": "fp32", "moe_layer_freq": sparse,
             "moe_router_pre_softmax": False, "moe_token_dispatcher_type": "allgather",
             "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0,
-            "expert_tensor_parallel_size": 1 if split.expert > 1 else split.tensor,
+            "expert_tensor_parallel_size": split.expert_tensor,
         }  # fmt: skip
     return TransformerConfig(**settings)
 

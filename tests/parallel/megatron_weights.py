@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from miles.errors import CheckpointError
 from miles.trainer.megatron.convert import Exporter, load_hf, local_parameters, read_hf
 
-# Bytes: less than a row of anything; a few tensors; everything.
-BUCKETS = (64, 20_000, 1 << 30)
+# Bytes: less than most matrices; a few tensors; everything.
+BUCKETS = (600, 20_000, 1 << 30)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ CASES: dict[int, dict[str, Case]] = {
     2: {
         "tp2 llama": Case("llama", Split(tensor=2)),
         "tp2 qwen2": Case("qwen2", Split(tensor=2)),
-        "tp2 moe": Case("moe", Split(tensor=2, sequence=True)),
+        "tp2 moe": Case("moe", Split(tensor=2, expert_tensor=2, sequence=True)),
         "pp2 qwen3": Case("qwen3", Split(pipeline=2)),
         "pp2 tied": Case("qwen3 tied", Split(pipeline=2)),
         "pp2 moe and dense": Case("moe and dense", Split(pipeline=2)),
@@ -60,7 +60,11 @@ CASES: dict[int, dict[str, Case]] = {
         "tp2 ep2 moe and dense": Case("moe and dense", Split(tensor=2, expert=2, sequence=True)),
         "ep4 moe": Case("moe", Split(expert=4)),
         "tp2 dp2 qwen2": Case("qwen2", Split(tensor=2)),
-        "tp2 pp2 moe": Case("moe", Split(tensor=2, pipeline=2, sequence=True)),
+        "tp2 pp2 moe": Case("moe", Split(tensor=2, pipeline=2, expert_tensor=2, sequence=True)),
+        "tp2 ep2 etp2 moe": Case("moe", Split(tensor=2, expert=2, expert_tensor=2, sequence=True)),
+        "tp4 ep2 etp2 moe": Case("moe", Split(tensor=4, expert=2, expert_tensor=2, sequence=True)),
+        "ep2 dp2 moe": Case("moe", Split(expert=2)),
+        "tp2 cp2 llama": Case("llama", Split(tensor=2, context=2)),
     },
 }
 BAD = ("missing", "extra", "shape", "many", "torn", "no weights", "no config", "unknown", "lost shard", "bad index")

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -82,7 +83,6 @@ class MegatronBackend:
         vocabulary = Vocabulary.of(
             self.hf_config.vocab_size,
             tensor=settings.layout.tensor,
-            divisible_by=settings.vocab_divisible_by,
             padded=settings.padded_vocab_size,
         )
         self.parallel = parallel_state(vocabulary.size)
@@ -108,12 +108,33 @@ class MegatronBackend:
             settings.optimizer_config(optimizer, distributed=ddp.use_distributed_optimizer), self.model_chunks
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
+        self._overlap(ddp)
         self.scheduler = ParamScheduler(self.optimizer, Schedule(max_lr=optimizer.lr))
         self._saver = checkpoint.Saver()
         self._exporter: convert.Exporter | None = None
 
     def use_schedule(self, schedule: Schedule) -> None:
         self.scheduler = ParamScheduler(self.optimizer, schedule)
+
+    def _overlap(self, ddp: DistributedDataParallelConfig) -> None:
+        """What the pipeline schedule calls where gradients or parameters travel while it computes."""
+
+        def of_chunks(name: str) -> Any:
+            functions = [getattr(chunk, name) for chunk in self.model_chunks]
+            return functions if len(functions) > 1 else functions[0]
+
+        if ddp.overlap_grad_reduce:
+            self.config.no_sync_func = of_chunks("no_sync")
+            self.config.grad_sync_func = of_chunks("start_grad_sync") if len(self.model_chunks) > 1 else None
+        if ddp.overlap_param_gather and ddp.align_param_gather and len(self.model_chunks) > 1:
+            self.config.param_sync_func = of_chunks("start_param_sync")
+        self._gathers_late = ddp.overlap_param_gather
+
+    def _settle(self) -> None:
+        """Bring parameters that are gathered at their next use to what the last step has made of them."""
+        if self._gathers_late:
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def _routing_shape(self) -> RoutingShape | None:
         config = self.config
@@ -161,7 +182,9 @@ class MegatronBackend:
 
         def on_last(work: Work, output: ModelOutput) -> tuple[Tensor, dict[str, Any]]:
             if work.is_idle:
-                return output.hidden.float().sum() * 0, {}
+                # Of every parameter: gradients that travel early wait for each of them.
+                parts = (output.hidden, output.head_weight, output.head_bias)
+                return sum(part.float().sum() * 0 for part in parts if part is not None), {}
             result = loss_fn(work.micro, output)
             results.append(result.detached())
             return result.loss, {}
@@ -311,6 +334,7 @@ class MegatronBackend:
     # ---- weights -------------------------------------------------------------------------------------------------
 
     def weights(self) -> Weights:
+        self._settle()
         if self._exporter is None:
             self._exporter = convert.Exporter(self.settings.folder, self._models(), self.config, experts="stacked")
         return self._exporter
@@ -319,6 +343,7 @@ class MegatronBackend:
         return [unwrapped(chunk) for chunk in self.model_chunks]
 
     def _own(self) -> dict[str, Tensor]:
+        self._settle()
         return {name: tensor.detach() for name, tensor in convert.local_parameters(self.model_chunks).items()}
 
     def snapshot(self) -> Snapshot:
@@ -344,6 +369,7 @@ class MegatronBackend:
     # ---- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, *, with_optimizer: bool, background: bool = False) -> None:
+        self._settle()
         optimizer = self.optimizer if with_optimizer else None
         self._saver.save(folder, self.model_chunks, optimizer, self.scheduler.num_steps, background=background)
 
@@ -359,6 +385,7 @@ class MegatronBackend:
 
     def export_hf(self, folder: Path) -> None:
         """In the dtype of the folder that training started from: an export is a drop-in for it."""
+        self._settle()
         exporter = convert.Exporter(self.settings.folder, self._models(), self.config, experts="each")
         tensors = {
             name: tensor.to(self.hf_config.dtype or tensor.dtype, copy=True)

@@ -149,6 +149,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(torch.cuda, "Stream", lambda _: Stream),
     Patch(torch.cuda, "Event", lambda _: Event),
     Patch(torch.cuda, "get_rng_state", _rng_state),
+    Patch(torch.cuda.random, "get_rng_state", _rng_state),
     Patch(torch.cuda, "set_rng_state", _set_rng_state),
     Patch(torch.cuda, "manual_seed", _seed),
     Patch(torch.cuda, "default_generators", lambda _: (torch.default_generator,)),

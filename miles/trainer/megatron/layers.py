@@ -75,7 +75,7 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """[S, B, H, d] each -> [S, B, H * d]; packed rows have S = P and B = 1."""
         dropout = self.dropout if self.training else 0.0
-        if packed_seq_params is None or packed_seq_params.packing is None:
+        if packed_seq_params is None:
             return self._padded(query, key, value, dropout)
         packed = packed_seq_params
         q, k, v = query[:, 0], key[:, 0], value[:, 0]

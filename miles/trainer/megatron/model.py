@@ -23,7 +23,6 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from miles.errors import UsageError
 from miles.trainer.megatron.layers import Rotary, spec
 
 # Standard deviation of a new critic's projection.
@@ -41,17 +40,9 @@ class Vocabulary:
     padded: int
 
     @staticmethod
-    def of(size: int, *, tensor: int, divisible_by: int = 1, padded: int | None = None) -> Vocabulary:
-        """UsageError where an explicit `padded` (`--padded-vocab-size`) is too small or cannot be cut."""
-        if padded is None:
-            multiple = divisible_by * tensor
-            return Vocabulary(size, -(-size // multiple) * multiple)
-        if padded < size or padded % tensor:
-            raise UsageError(
-                f"--padded-vocab-size {padded}: expected at least {size}, the vocabulary of --hf-checkpoint, and a "
-                f"multiple of --tensor-model-parallel-size {tensor}."
-            )
-        return Vocabulary(size, padded)
+    def of(size: int, *, tensor: int, padded: int | None) -> Vocabulary:
+        """Without an explicit size, the least that can be cut."""
+        return Vocabulary(size, -(-size // tensor) * tensor if padded is None else padded)
 
 
 class GPT(GPTModel):  # type: ignore[misc]
@@ -131,13 +122,32 @@ def chunks(
         model = call_provider(provider, pre_process=first, post_process=last, vp_stage=stage)
         model.model_type = ModelType.encoder_or_decoder
         model.vp_stage = stage
-        if role == "critic" and last:
-            model.output_layer = ValueHead(config.hidden_size, config.params_dtype, device, seed)
-            model.share_embeddings_and_output_weights = False
+        if role == "critic":
+            model.share_embeddings_and_output_weights = False  # on the first stage, too: it would wait for the last
+            if last:
+                model.output_layer = ValueHead(config.hidden_size, config.params_dtype, device, seed)
+        mark_cut(model)
         for parameter in model.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         made.append(model.to(device))
     return made
+
+
+def mark_cut(model: torch.nn.Module) -> None:
+    """Say of each weight along which axis tensor parallelism has cut it. Megatron does so where it draws random
+    weights, and the norm of gradients counts what is not marked on one rank only."""
+    for module in model.modules():
+        for kind, axis in CUT.items():
+            weight = getattr(module, "weight", None) if isinstance(module, kind) else None
+            if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                tensor_parallel.set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=axis, stride=1)
+
+
+CUT: dict[type[torch.nn.Module], int] = {
+    tensor_parallel.VocabParallelEmbedding: 0,
+    tensor_parallel.ColumnParallelLinear: 0,
+    tensor_parallel.RowParallelLinear: 1,
+}
 
 
 def wrapped(models: list[Any], config: TransformerConfig, ddp: DistributedDataParallelConfig, role: Role) -> list[Any]:

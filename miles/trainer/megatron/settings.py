@@ -36,30 +36,24 @@ class MegatronSettings:
     bf16: bool = False
     qkv_format: Format = "thd"
     pad_to: int = 1  # S of a micro batch is a multiple of it, beside what sequence parallelism needs
-    vocab_divisible_by: int = 1
-    padded_vocab_size: int | None = None
-    replay: bool = False
+    padded_vocab_size: int | None = None  # None: the next multiple of the tensor-parallel size
     bridge: bool = False
-    transformer_engine: bool = False
 
     @staticmethod
     def of(config: RunConfig) -> MegatronSettings:
         """Of a run; values of Megatron's enumerations and of torch's types come as text and are turned into those."""
-        megatron, train = config.megatron, config.train
-        divisible_by = megatron.make_vocab_size_divisible_by if config.origins["make_vocab_size_divisible_by"] != "default" else 1
+        train = config.train
         return MegatronSettings(
             str(config.rollout.hf_checkpoint),
             config.layout,
             config.overrides("TransformerConfig"),
             config.overrides("DistributedDataParallelConfig"),
             config.overrides("OptimizerConfig"),
-            bf16=bool(megatron.bf16),
+            bf16=bool(config.megatron.bf16),
             qkv_format=train.qkv_format,
-            vocab_divisible_by=divisible_by,
+            pad_to=config.rollout_buffer.data_pad_size_multiplier * config.layout.tensor,
             padded_vocab_size=train.padded_vocab_size,
-            replay=config.algorithm.use_routing_replay,
             bridge=train.megatron_to_hf_mode == "bridge",
-            transformer_engine=megatron.transformer_impl == "transformer_engine",
         )
 
     @property
@@ -100,6 +94,10 @@ class MegatronSettings:
             "use_cpu_initialization": on_cpu,
             "perform_initialization": False,
         }
+        if layout.virtual is not None:
+            # Two stages that are each other's next and previous one: messages of a batch would be taken for others.
+            values.setdefault("overlap_p2p_comm", True)
+        values["batch_p2p_comm"] = not values.get("overlap_p2p_comm", False)
         scale = rope_frequencies(hf_config, values["kv_channels"])[1]
         if scale != 1.0:
             values["softmax_scale"] = scale**2 * values["kv_channels"] ** -0.5

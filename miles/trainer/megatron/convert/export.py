@@ -264,6 +264,7 @@ class Exporter:
             if transfer.stage != 0 and gathered is not None:
                 dist.send(gathered, group=ranks.pipeline, group_dst=0)
         else:
+            assert gathered is not None
             dist.recv(gathered, group=ranks.pipeline, group_src=transfer.stage)
         if ranks.is_zero:
             assert gathered is not None

@@ -82,7 +82,7 @@ class ModelLayout:
 
     @property
     def num_local_experts(self) -> int:
-        return (self.config.num_moe_experts or 0) // self.expert_size
+        return int((self.config.num_moe_experts or 0) // self.expert_size)
 
     def tensor_size(self, parameter: Parameter) -> int:
         """Over how many ranks the parameter may be cut."""
