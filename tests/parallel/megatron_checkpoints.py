@@ -7,20 +7,23 @@ converter of Hugging Face weights puts there, which knows nothing of checkpoints
 
 from __future__ import annotations
 
+import os
+import pickle
+import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron_models import FAMILIES
+from parallel_cases import rollout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3MoeConfig
-
-from parallel_cases import rollout
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from miles.batch import split_batch
 from miles.config import RunConfig, parse
@@ -77,31 +80,24 @@ CASES: dict[int, dict[str, Case]] = {
     4: {
         "to tp2 pp2": Case("qwen3", "whole", "tp2 pp2"),
         "from tp2 pp2": Case("qwen3", "tp2 pp2", "whole", background=True),
-        "qwen2 to tp4": Case("qwen2", "pp2", "tp4"),
         "tied to stages": Case("llama tied", "tp4", "vpp2"),
         "tied from stages": Case("llama tied", "vpp2", "tp2 pp2"),
         "padded vocabulary": Case("qwen2", "tp4", "whole", PADDED),
-        "padded vocabulary, tied": Case("qwen3 tied", "whole", "tp2 pp2", PADDED),
-        "plain to tp2 pp2": Case("qwen3", "whole", "tp2 pp2", PLAIN),
         "plain from vpp2": Case("llama tied", "vpp2", "tp2", PLAIN, background=True),
         "plain untrained": Case("qwen3", "whole", "tp2", PLAIN, steps=0),
         "untrained": Case("qwen3", "tp2", "whole", steps=0),
         "bf16": Case("qwen3", "whole", "tp2 pp2", BF16),
-        "bf16 from tp2 pp2": Case("llama tied", "tp2 pp2", "whole", BF16),
         "bf16 plain": Case("qwen3", "pp2", "tp2", (*BF16, *PLAIN)),
         "experts to ep4": Case("moe", "whole", "ep4"),
         "experts from tp2 ep2": Case("moe", "tp2 ep2", "ep2 pp2"),
-        "experts plain": Case("moe", "ep2 pp2", "tp2 ep2", PLAIN),
-        "experts and dense": Case("moe and dense", "ep2 pp2", "whole"),
         "experts in one stage": Case("dense first", "pp2", "tp2 ep2"),
-        "experts into one stage": Case("dense first", "ep4", "pp2"),
-        "critic": Case("qwen3", "tp2 pp2", "whole", role="critic"),
         "critic tied": Case("llama tied", "whole", "vpp2", role="critic"),
     },
 }
 
 MODELS: dict[str, PretrainedConfig] = {
     **FAMILIES,
+    "two layers": Qwen3Config(**{**FAMILIES["qwen3"].to_dict(), "num_hidden_layers": 2, "layer_types": None}),
     "dense first": Qwen3MoeConfig(**{**FAMILIES["moe"].to_dict(), "mlp_only_layers": [0, 1]}),
 }
 
@@ -118,7 +114,7 @@ def make_folders(folder: Path) -> None:
             for parameter in model.parameters():
                 parameter.normal_(0.8 if parameter.dim() == 1 else 0.0, 0.2)
         model.save_pretrained(folder / name)
-        for kind in ("codes", "bytes"):
+        for kind in ("codes", "small"):
             model.save_pretrained(folder / f"{name} {kind}")
             file = folder / f"{name} {kind}" / "model.safetensors"
             save_file(coded(load_file(file), exact=kind == "codes"), file)
@@ -152,8 +148,18 @@ def make(config: RunConfig, ranks: Ranks, *, role: str = "actor") -> Any:
     from miles.trainer.megatron.settings import MegatronSettings
 
     mpu.destroy_model_parallel()
+    end_groups()
     own = make_groups(ranks, config.layout, seed=1, timeout_minutes=2)
     return MegatronBackend(MegatronSettings.of(config), config.optimizer, own, role=role, seed=3)  # type: ignore[arg-type]
+
+
+def end_groups() -> None:
+    """Of the model before: hundreds of them, each with threads, would slow every fork of a writer."""
+    dist.barrier()
+    world = dist.distributed_c10d._world
+    for group in list(world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 @dataclass
@@ -277,7 +283,7 @@ def real_places(codes: Tensor, name: str, backend: Any) -> Tensor:
 
 def run_case(case: Case, folder: Path, ranks: Ranks, at: Path) -> list[str]:
     is_bf16 = "--bf16" in case.flags
-    source = folder / f"{case.family} {'bytes' if is_bf16 else 'codes'}"
+    source = folder / f"{case.family} {'small' if is_bf16 else 'codes'}"
     config, _ = settings(folder, case.family, ranks.size, *LAYOUTS[case.saved], *case.flags)
     saving = make(config, ranks, role=case.role)
     fill(saving, Codes(saving, source), case.steps, is_bf16=is_bf16)
@@ -318,21 +324,29 @@ class Trained:
     flags: tuple[str, ...] = ()
 
 
+# Weights beside those in training: an older policy, and a reference that moves.
+OTHERS = (
+    *("--keep-old-actor", "--use-kl-loss", "--kl-loss-coef", "0.1", "--ref-load", "{reference}"),
+    *("--ref-update-interval", "1"),
+)  # fmt: skip
+
 TRAINED: dict[int, dict[str, Trained]] = {
-    1: {"alone": Trained("qwen3", "whole", "whole"), "alone plain": Trained("qwen3", "whole", "whole", PLAIN)},
+    1: {
+        "alone": Trained("qwen3", "whole", "whole", OTHERS),
+        "alone plain": Trained("qwen3", "whole", "whole", PLAIN),
+    },
     4: {
-        "same layout": Trained("llama tied", "tp2 pp2", "tp2 pp2"),
-        "same layout, bf16": Trained("qwen3", "tp2", "tp2", BF16),
+        "same layout": Trained("llama tied", "tp2 pp2", "tp2 pp2", OTHERS),
         "same layout, experts": Trained("moe", "ep2 pp2", "ep2 pp2"),
-        "whole to tp2 pp2": Trained("qwen3", "whole", "tp2 pp2"),
+        "whole to tp2 pp2": Trained("qwen3", "whole", "tp2 pp2", OTHERS),
         "tp2 pp2 to whole": Trained("qwen3", "tp2 pp2", "whole"),
-        "stages to experts": Trained("moe", "ep2 pp2", "tp2 ep2"),
     },
 }
 
 
 def actor_on(layout: str, trained: Trained, folder: Path, ranks: Ranks) -> TrainActor:
-    config, args = settings(folder, trained.family, ranks.size, *LAYOUTS[layout], *trained.flags)
+    flags = [word.format(reference=folder / f"{trained.family} small") for word in trained.flags]
+    config, args = settings(folder, trained.family, ranks.size, *LAYOUTS[layout], *flags)
     backend = make(config, ranks)
     backend.use_schedule(Schedule(max_lr=5e-3, warmup=4))
     return TrainActor(backend, config, args, bind(args), Tracker(sinks=[]), transport=None, on_step=lambda: None)
@@ -355,12 +369,17 @@ def run_trained(trained: Trained, folder: Path, ranks: Ranks, at: Path) -> dict[
     straight = actor_on(trained.saved, trained, folder, ranks)
     train(straight, 0)
     half = weights_of(straight)
-    save(straight.backend, at, ranks)
+    at.mkdir(exist_ok=True)
+    ranks.sum(torch.zeros(1))
+    straight.save(at, with_optimizer=True, background=True)
+    straight.update_weights()
     train(straight, 1)
+    straight.finish_saving()
     expected = weights_of(straight)
     resumed = actor_on(trained.loaded, trained, folder, ranks)
     resumed.restore(at, Restoring(weight_version=1, steps_done=straight.steps_done // 2))
     there = weights_of(resumed)
+    resumed.update_weights()
     train(resumed, 1)
     return {
         "half": half, "there": there, "expected": expected, "found": weights_of(resumed),
@@ -368,9 +387,151 @@ def run_trained(trained: Trained, folder: Path, ranks: Ranks, at: Path) -> dict[
     }  # fmt: skip
 
 
-def main(rank: int, size: int, folder: Path) -> None:
-    from miles.trainer.megatron import cpu  # noqa: F401  (before Megatron)
+# ---- what is no checkpoint of ours ---------------------------------------------------------------------------------
 
+
+class Evil:
+    """Reading its pickle makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.file}'",)
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def described(folder: Path, change: Callable[[Any], None]) -> None:
+    """Change the description of a checkpoint."""
+    description = pickle.loads((folder / ".metadata").read_bytes())
+    change(description)
+    (folder / ".metadata").write_bytes(pickle.dumps(description))
+
+
+def bytes_for_a_tensor(description: Any) -> None:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    description.state_dict_metadata["decoder.final_layernorm.weight"] = BytesStorageMetadata()
+
+
+def pickled(module: str, name: str) -> bytes:
+    """A description that calls `module.name()`."""
+    words = [b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name)]
+    return b"\x80\x04" + b"".join(words) + b"\x93)R."
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "description that runs a command": lambda f: (f / ".metadata").write_bytes(pickle.dumps(Evil(f / "evil"))),
+    "description that reaches further": lambda f: (f / ".metadata").write_bytes(
+        pickled("torch.distributed.checkpoint.planner", "io.StringIO")
+    ),
+    "description that names a function": lambda f: (f / ".metadata").write_bytes(
+        pickled("torch.distributed.checkpoint.planner", "reduce")
+    ),
+    "description that makes a writer": lambda f: (f / ".metadata").write_bytes(pickled("torch", "PyTorchFileWriter")),
+    "description cut short": lambda f: cut_short(f / ".metadata"),
+    "description gone": lambda f: (f / ".metadata").unlink(),
+    "common part that runs a command": lambda f: torch.save(Evil(f / "evil"), f / "common.pt"),
+    "common part gone": lambda f: (f / "common.pt").unlink(),
+    "mark": lambda f: (f / "metadata.json").write_text("{"),
+    "pieces cut short": lambda f: [cut_short(piece) for piece in f.glob("*.distcp")],
+    "a piece gone": lambda f: next(f.glob("*.distcp")).unlink(),
+    "bytes for a tensor": lambda f: described(f, bytes_for_a_tensor),
+    "a moment gone": lambda f: described(
+        f, lambda d: d.state_dict_metadata.pop("optimizer.state.exp_avg.decoder.final_layernorm.weight")
+    ),
+}
+
+
+def refusals(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """What is said about each of them, and what ran."""
+    from miles.errors import CheckpointError
+
+    def said(backend: Any, at: Path) -> str:
+        try:
+            backend.load(at, with_optimizer=True)
+        except CheckpointError as error:
+            return str(error)
+        return "loaded"
+
+    found: dict[str, Any] = {}
+    ours = make(settings(folder, "qwen3", 1)[0], ranks)
+    good = folder / "good"
+    save(ours, good, ranks)
+    for name, damage in DAMAGE.items():
+        bad = shutil.copytree(good, folder / f"bad {name}")
+        damage(bad)
+        found[name] = said(ours, bad)
+        found[f"{name} ran"] = (bad / "evil").exists()
+    found["good"] = said(ours, good)
+    found["other optimizer"] = said(make(settings(folder, "qwen3", 1, *PLAIN)[0], ranks), good)
+    found["other architecture"] = said(make(settings(folder, "qwen2", 1)[0], ranks), good)
+    found["fewer layers"] = said(make(settings(folder, "two layers", 1)[0], ranks), good)
+    return found
+
+
+def of_others(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """A checkpoint of Megatron's own training, with objects that it would run: what is there after loading."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.enums import ModelType
+
+    from miles.trainer.megatron import convert
+
+    config, _ = settings(folder, "qwen3", 1, *BF16)
+    theirs = make(config, ranks)
+    convert.load_hf(folder / "qwen3 small", theirs._models(), theirs.config)
+    at = folder / "theirs"
+    at.mkdir()
+    module = theirs._models()[0].decoder.layers[0].self_attention.linear_proj
+    module.get_extra_state = lambda: Evil(at / "evil")
+    dist_checkpointing.save(
+        {
+            **{"args": Namespace(lr=1.0, mode=ModelType.encoder_or_decoder), "iteration": 5, "checkpoint_version": 3.0},
+            **{"opt_param_scheduler": {"num_steps": 640, "max_lr": 1.0}, **theirs._models()[0].sharded_state_dict()},
+        },
+        str(at),
+    )
+    ours = make(config, ranks)
+    ours.use_schedule(Schedule(max_lr=0.5))
+    ours.load(at, with_optimizer=True)
+    own, expected = convert.local_parameters(ours.model_chunks), Codes(ours, folder / "qwen3 small")
+    masters = [torch.equal(stepped, cut(expected[name], places).float()) for name, _, stepped, places in slots(ours)]
+    return {
+        "weights": [n for n, p in own.items() if not torch.equal(p, expected[n])],
+        "masters": all(masters) and len(masters) > 30,
+        "steps": ours.scheduler.num_steps,
+        "ran": (at / "evil").exists(),
+        "is there": any(b"touch '" in piece.read_bytes() for piece in at.glob("*.distcp")),
+    }
+
+
+def snapshots(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Weights beside those of the model: written, read, and read from what others wrote."""
+    from miles.errors import CheckpointError
+
+    backend = make(settings(folder, "qwen3", 1)[0], ranks)
+    before = backend.snapshot()
+    other = {name: torch.randn(tensor.shape) for name, tensor in before.items()}
+    at = folder / "snapshot"
+    at.mkdir()
+    backend.write_snapshot(other, at)
+    read = backend.read_snapshot(at, flag="--ref-load")
+    (folder / "of fsdp" / "model").mkdir(parents=True)
+    try:
+        backend.read_snapshot(folder / "of fsdp", flag="--ref-load")
+    except CheckpointError as error:
+        said = str(error)
+    return {
+        "read": all(torch.equal(read[name], tensor) for name, tensor in other.items()) and len(read) > 30,
+        "kept": all(torch.equal(before[name], tensor) for name, tensor in backend.snapshot().items()),
+        "said": said,
+    }
+
+
+def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.join(
         rank, size, folder / f"store{size}", backend="gloo", cpu_backend="gloo", timeout_s=60, device="cpu"
@@ -383,6 +544,9 @@ def main(rank: int, size: int, folder: Path) -> None:
         after = run_trained(TRAINED[size][name], folder, ranks, folder / f"trained {size} {name}")
         if rank == 0:
             torch.save(after, folder / f"trained {size} {name}.pt")
+    if size == 1:
+        for part in (refusals, of_others, snapshots):
+            torch.save(part(folder, ranks), folder / f"{part.__name__}.pt")
     ranks.leave()
 
 

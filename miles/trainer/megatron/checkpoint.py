@@ -42,7 +42,7 @@ CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_av
 # What is written here and by nobody else: steps of the schedule and of the optimizer, and the optimizer's kind.
 OWN = "miles"
 
-DESCRIPTION, MARK = ".metadata", "metadata.json"
+DESCRIPTION, MARK, COMMON = ".metadata", "metadata.json", "common.pt"
 
 DEFINED_IN = {
     "torch.distributed.checkpoint.metadata",
@@ -71,10 +71,6 @@ DAMAGE = (
 
 # Problems that a message lists before it says how many more there are.
 SHOWN = 6
-
-
-def is_checkpoint(folder: Path) -> bool:
-    return (folder / MARK).is_file() and (folder / DESCRIPTION).is_file()
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -228,7 +224,7 @@ def readable(folder: Path, flag: str) -> Iterator[None]:
     except DAMAGE as error:
         reason = str(error).strip()
         if isinstance(error, CheckpointException):
-            reason = "; ".join(str(failure[0]) for failure in error.failures.values())
+            reason = "; ".join(str(failure[0]) or type(failure[0]).__name__ for failure in error.failures.values())
         raise CheckpointError(
             f"{flag}: {folder} cannot be read ({type(error).__name__}: {reason.splitlines()[0] if reason else ''}). "
             "Expected a checkpoint that --save wrote with --train-backend megatron; an older one can be named through "
@@ -254,8 +250,11 @@ class Looked(pickle.Unpickler):
 def refuse_foreign(folder: Path, flag: str) -> None:
     """CheckpointError for a description that refers to anything but what descriptions are made of: reading it would
     call that."""
-    with readable(folder, flag), open(folder / DESCRIPTION, "rb") as file:
-        Looked(file).load()
+    with readable(folder, flag):
+        for name in (MARK, COMMON):
+            (folder / name).stat()
+        with open(folder / DESCRIPTION, "rb") as file:
+            Looked(file).load()
 
 
 # ---- model and optimizer -------------------------------------------------------------------------------------------
@@ -329,8 +328,8 @@ def told_steps(optimizer: Any, steps: float) -> Iterator[None]:
 
 
 def use_moments(optimizer: Any, found: Any, steps: float) -> None:
-    """What `found` holds for the distributed optimizer, whose tensors are parts of it; others have been filled in place.
-    And the step of every parameter: a tensor of its own, which Megatron would let them share."""
+    """What `found` holds for the distributed optimizer, whose tensors are parts of it; others have been filled in
+    place. And the step of every parameter: a tensor of its own, which Megatron would let them share."""
     parts = optimizer.chained_optimizers
     for number, part in enumerate(parts):
         if part.is_stub_optimizer:
