@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import time
 from argparse import Namespace
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -151,7 +151,7 @@ class TrainActor:
         self.older = OlderPolicies(backend) if config.rollout.keep_old_actor else None
         self._notices: list[str] = []
         # Of this rank's passes in this rollout, by timer.
-        self._flops: Counter[str] = Counter()
+        self._flops: defaultdict[str, float] = defaultdict(float)
         # The one of the process, to which plug-ins add as well; read and reset once per rollout.
         self.timers = Timer()
         self.timers.reset()
@@ -335,13 +335,17 @@ class TrainActor:
         hook = self.hooks.custom_megatron_before_log_prob_hook
         before = None if hook is None else lambda: hook(self.args, self.backend.model_chunks, store_prefix)
         micros = self._micro_batches(shard, rows, replays=replays)
-        self._flops[name] += forward_flops(self.backend.hf_config, shard.total_lengths[rows])
+        self._flops[name] += self._forward_flops(shard.total_lengths[rows])
         record = self._tape.record if self._tape is not None and replays else None
         for micro, values in zip(micros, self.backend.forward_only(micros, read, record, before)):
             if name not in shard.response_columns:
                 shard.response_columns[name] = torch.full((len(shard.loss_masks),), math.nan, dtype=values.dtype)
             shard.response_columns[name][micro.response_places.cpu()] = values
         shard.response_columns.setdefault(name, torch.full((len(shard.loss_masks),), math.nan))
+
+    def _forward_flops(self, lengths: IntArray) -> float:
+        """This rank's share of a pass over rows of these lengths."""
+        return forward_flops(self.backend.hf_config, lengths) / self.config.layout.model_size
 
     def _read_log_probs(self, micro: PackedBatch, output: ModelOutput) -> Tensor:
         return self._current(micro, output, with_entropy=False).log_probs.float()
@@ -400,7 +404,7 @@ class TrainActor:
         num_samples = global_batch_size - dropped
         scale = loss_scale(self.settings, num_samples, num_tokens, dp_size=self.backend.parallel.dp_cp_size)
 
-        self._flops["actor_train"] += TRAINING * forward_flops(self.backend.hf_config, shard.total_lengths[run])
+        self._flops["actor_train"] += TRAINING * self._forward_flops(shard.total_lengths[run])
         self.backend.zero_grad()
         before = self.hooks.custom_megatron_before_train_step_hook
         if before is not None:
@@ -597,13 +601,13 @@ class TrainActor:
         """Weight updates and saves count for the rollout that they precede."""
         seconds, flops = self.timers.log_dict(), self._flops
         self.timers.reset()
-        self._flops = Counter()
+        self._flops = defaultdict(float)
         ranks = self.backend.gather_over_ranks({**column_sums(shard), TOKENS: float(shard.total_lengths.sum())})
-        tokens, sharing = sum(values[TOKENS] for values in ranks), self.config.layout.model_size
+        tokens = sum(values[TOKENS] for values in ranks)
         metrics = {f"rollout/{name}": value for name, value in means_of(ranks).items()}
         metrics |= {
             **timer_metrics(seconds),
-            **{f"perf/{name}_tflops": flops[name] / sharing / seconds[name] / 1e12 for name in flops if seconds.get(name)},
+            **{f"perf/{name}_tflops": flops[name] / seconds[name] / 1e12 for name in flops if seconds.get(name)},
             "perf/actor_train_tok_per_s": tokens / seconds["actor_train"] if seconds.get("actor_train") else 0.0,
             "rollout/step": compute_rollout_step(self.args, rollout_id),
         }
