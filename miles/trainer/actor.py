@@ -93,6 +93,22 @@ class TrainReport:
     notices: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Restoring:
+    """What a run takes from a checkpoint beside the weights. The two numbers are where its counters go on.
+
+    `with_optimizer`: moments and schedule, where the checkpoint has them. `weights_alone`: a run that begins, which has
+    a reference and older policies of its own.
+
+    Example: `Restoring(weight_version=20, steps_done=40)`
+    """
+
+    weight_version: int = 0
+    steps_done: int = 0
+    with_optimizer: bool = True
+    weights_alone: bool = False
+
+
 class TrainActor:
     """Trains one model with one backend. The same class trains an actor on every rank of every layout."""
 
@@ -547,19 +563,25 @@ class TrainActor:
         if self.critic is not None:
             self.critic.finish_saving()
 
-    def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
-        """Continue from a checkpoint: weights, optimizer, schedule, counters, older weights."""
-        self.backend.load(folder, with_optimizer=True)
-        if self.reference is not None:
+    def restore(self, folder: Path, how: Restoring) -> None:
+        """Continue from a checkpoint: weights, and as `how` says optimizer, schedule, counters, older weights."""
+        self.backend.load(folder, with_optimizer=how.with_optimizer)
+        if self.reference is not None and not how.weights_alone:
             self.reference.restore(folder)
         if self.older is not None:
-            self.older.restore(folder)
-        self.weight_version, self.steps_done = weight_version, steps_done
+            self.older.restore(None if how.weights_alone else folder)
+        self.weight_version, self.steps_done = how.weight_version, how.steps_done
 
-    def restore_critic(self, folder: Path) -> None:
+    def restore_critic(self, folder: Path, *, with_optimizer: bool) -> None:
         """Continue the critic from what `save` wrote."""
         assert self.critic is not None
-        self.critic.backend.load(folder, with_optimizer=True)
+        self.critic.backend.load(folder, with_optimizer=with_optimizer)
+
+    def saved(self, rollout_id: int, folder: Path, hf_folder: Path | None) -> None:
+        """A checkpoint is complete and in force."""
+        hook = self.hooks.custom_megatron_post_save_hook
+        if hook is not None:
+            hook(self.args, rollout_id, str(folder), None if hf_folder is None else str(hf_folder))
 
     def export_hf(self, folder: Path) -> None:
         """A Hugging Face model folder."""
@@ -577,11 +599,11 @@ class TrainActor:
         self.timers.reset()
         self._flops = Counter()
         ranks = self.backend.gather_over_ranks({**column_sums(shard), TOKENS: float(shard.total_lengths.sum())})
-        tokens = sum(values[TOKENS] for values in ranks)
+        tokens, sharing = sum(values[TOKENS] for values in ranks), self.config.layout.model_size
         metrics = {f"rollout/{name}": value for name, value in means_of(ranks).items()}
         metrics |= {
             **timer_metrics(seconds),
-            **{f"perf/{name}_tflops": flops[name] / seconds[name] / 1e12 for name in flops if seconds.get(name)},
+            **{f"perf/{name}_tflops": flops[name] / sharing / seconds[name] / 1e12 for name in flops if seconds.get(name)},
             "perf/actor_train_tok_per_s": tokens / seconds["actor_train"] if seconds.get("actor_train") else 0.0,
             "rollout/step": compute_rollout_step(self.args, rollout_id),
         }

@@ -24,7 +24,7 @@ from miles.batch import TrainBatch, from_published_dict, split_batch
 from miles.config import parse
 from miles.hooks import bind
 from miles.observe.tracking import Tracker
-from miles.trainer.actor import TrainActor
+from miles.trainer.actor import Restoring, TrainActor
 from miles.trainer.backend import StepResult
 from miles.trainer.critic import Critic, critic_optimizer
 from miles.trainer.fsdp.backend import FsdpBackend
@@ -268,7 +268,7 @@ def save(folder: Path, ranks: Ranks) -> dict[str, Tensor]:
 def load(source: Path, folder: Path, ranks: Ranks) -> dict[str, Tensor]:
     """What is there after `source` has been loaded."""
     actor, backend = make_actor(UNTIED, folder, ranks, Trace())
-    actor.restore(source, weight_version=0, steps_done=STEPS)
+    actor.restore(source, Restoring(steps_done=STEPS))
     return everything(backend)
 
 

@@ -22,6 +22,7 @@ from miles.config import OptimizerConfig, TrainConfig
 from miles.loss import exact_logprobs
 from miles.loss.logprobs import linear_log_probs
 from miles.trainer.backend import LossFn, MicroLoss, ModelOutput, Record, Snapshot, StepResult
+from miles.trainer.checkpoints import is_megatrons, refuse_other
 from miles.trainer.fsdp import checkpoint, exact, moe
 from miles.trainer.fsdp.model import load_model, on_disk, owned_tensors, stored_tensors, use_value_head
 from miles.trainer.hf_folder import EXPORT_BUCKET_BYTES, write_hf
@@ -226,6 +227,8 @@ class FsdpBackend:
         if (folder / "config.json").is_file():
             other = load_model(str(folder), dtype=torch.float32, gradient_checkpointing=False, flag=flag)
             return self._own_part(owned_tensors(other), folder, flag)
+        if is_megatrons(folder):
+            refuse_other("megatron", "fsdp", folder, flag)
         weights = {name: torch.empty_like(tensor) for name, tensor in owned_tensors(self.model).items()}
         checkpoint.read_into(folder / "model", weights, flag=flag)
         return weights

@@ -54,6 +54,10 @@ def load_model(
             f"{flag} {folder}: {type(model).__name__} has no plain output projection. Expected a causal "
             "language model such as Llama, Qwen2 or Qwen3."
         )
+    for parameter in model.parameters():
+        # Out of the mapped file into memory of its own, which begins at a line of the cache: matrix products of the
+        # same numbers at other addresses may differ in the last bit.
+        parameter.data = parameter.data.clone()
     norm.use_in(model)
     if gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -38,6 +38,7 @@ from miles.trainer.backend import (
     Snapshot,
     StepResult,
 )
+from miles.trainer.checkpoints import is_fsdps, refuse_other
 from miles.trainer.hf_folder import EXPORT_BUCKET_BYTES, write_hf
 from miles.trainer.megatron import checkpoint, convert
 from miles.trainer.megatron.inputs import Inputs, arrange
@@ -358,6 +359,8 @@ class MegatronBackend:
         if (folder / "config.json").is_file():
             found = convert.read_hf(folder, self._models(), self.config, flag=flag)
             return {name: tensor.to(self.device) for name, tensor in found.items()}
+        if is_fsdps(folder):
+            refuse_other("fsdp", "megatron", folder, flag)
         with self.using(self._own()):
             checkpoint.load(folder, self.model_chunks, None, flag=flag)
             return self.snapshot()

@@ -46,6 +46,7 @@ def make_groups(ranks: Ranks, layout: ParallelLayout, *, seed: int, timeout_minu
 
 def parallel_state(vocab_size: int) -> ParallelState:
     """This process under the published names."""
+    virtual = mpu.get_virtual_pipeline_model_parallel_world_size()
     return ParallelState(
         dp_rank=mpu.get_data_parallel_rank(),
         dp_src_rank=mpu.get_data_parallel_src_rank(),
@@ -62,8 +63,8 @@ def parallel_state(vocab_size: int) -> ParallelState:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         is_pp_last_stage=mpu.is_pipeline_last_stage(),
-        vpp_size=mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
-        microbatch_group_size_per_vp_stage=mpu.get_pipeline_model_parallel_world_size(),
+        vpp_size=virtual or 1,
+        microbatch_group_size_per_vp_stage=mpu.get_pipeline_model_parallel_world_size() if virtual else None,
         vocab_size=vocab_size,
     )
 
