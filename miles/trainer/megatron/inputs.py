@@ -2,8 +2,8 @@
 
     packed (thd)   the rows one after another as [1, S]; S is padded to what sequence parallelism can cut
     padded (bshd)  one row each, [B, S], padded at the end to the longest
-    zigzag         packed under context parallelism: each row is padded to 2 * cp chunks of equal length, of which rank r
-                   holds the chunks r and 2 * cp - 1 - r, so that causal attention costs every rank the same
+    zigzag         packed under context parallelism: each row is padded to 2 * cp chunks of equal length, of which rank
+                   r holds the chunks r and 2 * cp - 1 - r, so that causal attention costs every rank the same
 
 Models made here read `Packed`; a model provider's own model gets the published `PackedSeqParams` of the layout thd.
 """

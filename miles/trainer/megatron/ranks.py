@@ -69,8 +69,8 @@ def parallel_state(vocab_size: int) -> ParallelState:
 
 
 def from_last_stage(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of the last pipeline stage, in main memory, on all stages; other stages give none. Groups take tensors
-    of both kinds of memory (`Ranks.join`), those in main memory travel with gloo."""
+    """The tensors of the last pipeline stage, in main memory, on all stages; other stages give none. Groups take
+    tensors of both kinds of memory (`Ranks.join`), those in main memory travel with gloo."""
     group = mpu.get_pipeline_model_parallel_group()
     if group.size() == 1:
         return [tensor.cpu() for tensor in tensors]
