@@ -346,8 +346,10 @@ class TrainActor:
             return []
         if data.use_dynamic_batch_size:
             assert data.max_tokens_per_gpu is not None
-            budget = data.max_tokens_per_gpu * self.backend.parallel.cp_size
-            parts = by_tokens(rows, shard.total_lengths, budget, name_of=shard.name_of)
+            ranks = self.backend.parallel.cp_size
+            parts = by_tokens(
+                rows, shard.total_lengths, data.max_tokens_per_gpu, num_ranks=ranks, name_of=shard.name_of
+            )
         else:
             parts = by_count(rows, shard.total_lengths, data.micro_batch_size)
         # Custom losses get logits of every row in full: the published layout.
