@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import json
 import logging
 from argparse import Namespace
 from collections.abc import Callable
@@ -156,8 +157,8 @@ class RolloutDataSource(DataSource):
 
     def _refuse_weights_alone(self, path: Path, rollout_id: int | None) -> None:
         """A run that goes on from trained weights must not go through its data from the start without a word."""
-        weights = None if rollout_id is None else Path(self.args.load) / f"iter_{rollout_id + 1:07d}"
-        if weights is not None and weights.is_dir():
+        weights = None if rollout_id is None else _checkpoint_after(Path(self.args.load), rollout_id)
+        if weights is not None:
             raise CheckpointError(
                 f"--load {self.args.load}: {weights} has weights, but {path}, the position in the data that belongs to "
                 "them, does not exist. Put the file back, resume from an earlier checkpoint, or begin the data and the "
@@ -230,6 +231,15 @@ def pop_first(args: Namespace, rollout_id: int | None, buffer: list[Group], num_
     taken = buffer[:count]
     del buffer[:count]
     return taken
+
+
+def _checkpoint_after(folder: Path, rollout_id: int) -> Path | None:
+    """The checkpoint that a run saved after `rollout_id`, under the number that its backend gave it."""
+    for number in (rollout_id, rollout_id + 1):
+        meta = folder / f"iter_{number:07d}" / "meta.json"
+        if meta.is_file() and json.loads(meta.read_text()).get("rollout_id") == rollout_id:
+            return meta.parent
+    return None
 
 
 def state_path(folder: str, rollout_id: int | None) -> Path:

@@ -48,10 +48,19 @@ from miles.run import host, resume, serve, trainers
 from miles.run.manager import RolloutManager
 from miles.run.roles import RolloutRole, TrainRole
 from miles.run.watch import Watch
+from miles.trainer.actor import Restoring
 from miles.trainer.schedule import schedule_of
 
 # Requests that decode together; the rest wait. More cost memory for keys and values and gain little on a CPU.
 DEFAULT_RUNNING_REQUESTS = 256
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A checkpoint that is not in force yet, and the Hugging Face folder that belongs to it."""
+
+    pending: resume.Pending
+    hf_folder: Path | None
 
 
 @dataclass
@@ -70,7 +79,7 @@ class Run:
     num_rollout: int
     num_rollout_per_epoch: int | None
     # A checkpoint whose files are being written while training goes on.
-    _pending: resume.Pending | None = None
+    _unfinished: Unfinished | None = None
 
     async def save(self, rollout_id: int, *, served: bool) -> None:
         """One checkpoint of everything, and the Hugging Face folder that `--save-hf` names.
@@ -90,36 +99,49 @@ class Run:
             weight_version=trainer.weight_version if served else trainer.weight_version + 1,
             world_size=self.config.cluster.world_size,
             seed=self.config.run.seed,
+            backend=self.config.train.train_backend,
         )
+        hf_folder = None if checkpoint.save_hf is None else Path(checkpoint.save_hf.format(rollout_id=rollout_id))
         self._finish_checkpoint()
         folder = Path(checkpoint.save)
         with timer("save_model"), disk_errors(folder / f"iter_{meta.iteration:07d}", "--save"):
-            self._pending = resume.begin(
+            pending = resume.begin(
                 folder,
                 meta,
                 lambda folder: self._write_model(folder, meta),
                 lambda: self.rollout.manager.save(rollout_id),
+                with_rng=not checkpoint.no_save_rng,
             )
-            if not checkpoint.async_save:
-                self._finish_checkpoint()
-        if checkpoint.save_hf is not None:
-            self._export(Path(checkpoint.save_hf.format(rollout_id=rollout_id)), "--save-hf")
+            if checkpoint.async_save:
+                self._unfinished = Unfinished(pending, hf_folder)
+            else:
+                final = self._put_in_force(pending)
+        if hf_folder is not None:
+            self._export(hf_folder, "--save-hf")
+        if not checkpoint.async_save:
+            trainer.saved(rollout_id, final, hf_folder)
 
     async def finish_saving(self) -> None:
         """Wait for a checkpoint that is still being written (`--async-save`), and put it in force."""
-        if self._pending is not None:
+        if self._unfinished is not None:
             assert self.trainer is not None
             await self.trainer.call(self._finish_checkpoint)
 
     def _finish_checkpoint(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is None:
             return
+        assert self.trainer is not None
+        final = self._put_in_force(unfinished.pending)
+        self.trainer.trainer.saved(unfinished.pending.meta.rollout_id, final, unfinished.hf_folder)
+
+    def _put_in_force(self, pending: resume.Pending) -> Path:
+        """The folder that the checkpoint has from now on."""
         assert self.trainer is not None
         with disk_errors(pending.save / f"iter_{pending.meta.iteration:07d}", "--save"):
             try:
                 self.trainer.trainer.finish_saving()
-                pending.finish()
+                return pending.finish()
             except BaseException:
                 pending.abandon()
                 raise
@@ -180,8 +202,11 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         configure_logger(level=logging.WARNING)
     else:
         configure_logger()
-    checkpoint = resume.find(config.checkpoint.load, config.checkpoint.save)
-    record = stack.enter_context(_open_record(config, resuming=checkpoint is not None))
+    backend = config.train.train_backend
+    checkpoint = resume.find(config.checkpoint.load, config.checkpoint.save, backend=backend)
+    # What a run goes on with; of other checkpoints it takes the weights and begins.
+    meta = None if checkpoint is None or config.checkpoint.finetune else checkpoint.meta
+    record = stack.enter_context(_open_record(config, resuming=meta is not None))
     record.prepare()
     record.write_config(as_yaml(config), resolved(config, args))
     record.write_versions(hooks.sources())
@@ -199,7 +224,8 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
 
     start_rollout_id = config.checkpoint.start_rollout_id
     if start_rollout_id is None:
-        start_rollout_id = 0 if checkpoint is None else checkpoint.meta.next_rollout_id
+        anew = checkpoint is None or config.checkpoint.finetune
+        start_rollout_id = 0 if anew else checkpoint.next_rollout_id
     args.start_rollout_id = start_rollout_id
     manager = RolloutManager(config, args, hooks, client, tracker, record, dp_size=lambda: config.layout.dp_size)
     per_epoch = manager.num_rollout_per_epoch() if config.data.num_epoch is not None else None
@@ -214,20 +240,23 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         schedule = schedule_of(config.optimizer, num_rollout * (config.data.steps_per_rollout or 1))
         given = trainers.Surroundings(args, hooks, tracker, schedule, engine, clock.optimizer_step)
         trainer = loaded.role(given)
-        critic_folder = resume.critic_folder(config.checkpoint, checkpoint) if config.algorithm.use_critic else None
-        if critic_folder is not None:
-            trainer.trainer.restore_critic(critic_folder)
+        with_optimizer = meta is not None and not config.checkpoint.no_load_optim
+        if config.algorithm.use_critic:
+            critic_folder = resume.critic_folder(config.checkpoint, checkpoint, backend=backend)
+            if critic_folder is not None:
+                trainer.trainer.restore_critic(critic_folder, with_optimizer=with_optimizer)
         if checkpoint is not None:
-            meta = checkpoint.meta
-            # The update before the first rollout counts the version up to what it was.
-            trainer.trainer.restore(
-                checkpoint.folder, weight_version=meta.weight_version - 1, steps_done=meta.global_step
-            )
+            how = Restoring(with_optimizer=with_optimizer, weights_alone=True)
+            if meta is not None:
+                # The update before the first rollout counts the version up to what it was.
+                how = Restoring(meta.weight_version - 1, meta.global_step, with_optimizer=with_optimizer)
+            trainer.trainer.restore(checkpoint.folder, how)
         stack.callback(trainer.close)
     manager.load(start_rollout_id - 1)
-    if checkpoint is not None:
+    if checkpoint is not None and meta is not None:
         record.rewind(start_rollout_id)
-        resume.restore_rng(checkpoint.folder)
+        if not config.checkpoint.no_load_rng:
+            resume.restore_rng(checkpoint.folder)
     rollout = RolloutRole(manager)
     stack.callback(rollout.close)
     display = stack.enter_context(
@@ -334,7 +363,13 @@ def _announce(
     for notice in config.notices:
         if notice not in config.substitutions.values():
             display.notice(notice)
-    if checkpoint is not None and start >= total:
+    if checkpoint is not None and (checkpoint.meta is None or config.checkpoint.finetune):
+        why = "--finetune" if config.checkpoint.finetune else "it is Megatron's own, without the state of a run"
+        display.notice(
+            f"weights from {checkpoint.folder}; optimizer, random generators and data begin anew ({why}): rollout "
+            f"{start} is next"
+        )
+    elif checkpoint is not None and start >= total:
         display.notice(f"{checkpoint.folder} has all {total} rollouts already. Raise --num-rollout to train on.")
     elif checkpoint is not None:
         display.notice(f"resuming from {checkpoint.folder}: rollout {start} is next")

@@ -1,7 +1,8 @@
 """Checkpoints of a whole run: one folder per save, complete or absent, and how a run continues from one.
 
-    <save>/iter_0000020/                     20 rollouts are done
-        model/ optimizer/ lr_scheduler/      the trainer's share (safetensors)
+    <save>/iter_0000020/                     20 rollouts are done (fsdp); after rollout 20 (megatron)
+        model/ optimizer/ lr_scheduler/      the trainer's share: safetensors of fsdp,
+        metadata.json  *.distcp  ...         or what Megatron-Core writes
         rng.pt  meta.json                    random generators; counters and versions
     <save>/rollout/global_dataset_state_dict_19.pt    data position and buffer after rollout 19
     <save>/rollout/plug_ins_19.pt            what plug-ins with `state_dict` returned
@@ -10,6 +11,9 @@
 A save writes into a folder with another name, syncs, renames it, and moves the tracker file last: a crash at any
 moment leaves the previous checkpoint in force. What such a crash left half written goes with the next save. One run at
 a time saves into a folder.
+
+A folder of Megatron-Core's that has no meta.json was written by Megatron's own training or conversion: its weights can
+be gone on from, and nothing else of it.
 """
 
 from __future__ import annotations
@@ -30,9 +34,12 @@ from miles.config import CheckpointConfig
 from miles.errors import CheckpointError
 from miles.observe import debug_data
 from miles.rollout.data_state import replace_file, sync
+from miles.trainer.checkpoints import RELEASE, TRACKER, is_megatrons, named, refuse_other
 
-TRACKER = "latest_checkpointed_iteration.txt"
 OUTDATED = ".outdated"
+
+FIRST_ITERATION = {"fsdp": 1, "megatron": 0}
+"""`--train-backend` -> number of the checkpoint after rollout 0, as published."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Meta:
     """What `meta.json` holds. `weight_version` is the one under which engines serve the weights of the checkpoint.
 
     Example: `{"iteration": 20, "rollout_id": 19, "next_rollout_id": 20, "global_step": 40, "micro_step": 40,
-    "world_size": 1, "timestamp": 1763879000.5, "weight_version": 21, "seed": 1234}`
+    "world_size": 1, "timestamp": 1763879000.5, "weight_version": 21, "seed": 1234, "backend": "fsdp"}`
     """
 
     iteration: int
@@ -52,25 +59,29 @@ class Meta:
     timestamp: float
     weight_version: int
     seed: int
+    backend: str = "fsdp"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk. `meta` is None for one of Megatron's own."""
 
     folder: Path
-    meta: Meta
+    meta: Meta | None
+    next_rollout_id: int
 
 
-def find(load: str | None, save: str | None = None) -> Checkpoint | None:
+def find(load: str | None, save: str | None = None, *, backend: str = "fsdp") -> Checkpoint | None:
     """The latest complete checkpoint under `--load`; None where the folder has none yet.
 
     None is no error for a folder that `--save` names as well: scripts name one for both, and the first run finds it
-    empty. Any other folder without a checkpoint is a mistake: CheckpointError.
+    empty. Any other folder without a checkpoint is a mistake, and so is a checkpoint of another `--train-backend`:
+    CheckpointError.
     """
     if load is None:
         return None
-    if not (Path(load) / TRACKER).is_file():
+    tracker = Path(load) / TRACKER
+    if not tracker.is_file():
         if save is not None and Path(save).absolute() == Path(load).absolute():
             return None
         found = f"it has no {TRACKER}" if Path(load).is_dir() else "there is no such folder"
@@ -78,14 +89,16 @@ def find(load: str | None, save: str | None = None) -> Checkpoint | None:
             f"--load {load}: no checkpoint to go on from: {found}. Expected a folder that --save wrote. To start anew, "
             "leave out --load, or name the same folder with --save."
         )
-    tracker = Path(load) / TRACKER
     text = tracker.read_text().strip()
-    if not text.isdecimal():
+    if not text.isdecimal() and text != RELEASE:
         raise CheckpointError(f"--load {load}: {tracker} holds {text!r}, expected the number of a checkpoint.")
-    folder = Path(load) / f"iter_{int(text):07d}"
+    folder = Path(load) / named(text)
     if not folder.exists() and _outdated(folder).exists():  # a crash between the two renames of `write`
         _outdated(folder).rename(folder)
     meta = folder / "meta.json"
+    if not meta.is_file() and is_megatrons(folder):
+        refuse_other("megatron", backend, folder, "--load")
+        return Checkpoint(folder, None, 0 if text == RELEASE else int(text) + 1)
     if not meta.is_file():
         there = sorted(p.name for p in Path(load).glob("iter_*"))
         raise CheckpointError(
@@ -93,12 +106,16 @@ def find(load: str | None, save: str | None = None) -> Checkpoint | None:
             f"{', '.join(there) or 'none'}. Write the number of a complete one into {tracker}."
         )
     try:
-        return Checkpoint(folder, Meta(**json.loads(meta.read_text())))
+        read = Meta(**json.loads(meta.read_text()))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"--load {load}: {meta} is damaged: {error}") from error
+    refuse_other(read.backend, backend, folder, "--load")
+    return Checkpoint(folder, read, read.next_rollout_id)
 
 
-def critic_folder(settings: CheckpointConfig, checkpoint: Checkpoint | None) -> Path | None:
+def critic_folder(
+    settings: CheckpointConfig, checkpoint: Checkpoint | None, *, backend: str = "fsdp"
+) -> Path | None:
     """Where PPO's critic continues from; None for a new one.
 
     It is a part of the run's checkpoint, or lies where an earlier run's --critic-save put it: then --critic-load names
@@ -115,7 +132,7 @@ def critic_folder(settings: CheckpointConfig, checkpoint: Checkpoint | None) -> 
                 "--critic-save wrote, or start from --hf-checkpoint without --load."
             )
         return inside
-    found = find(given, settings.critic_save)
+    found = find(given, settings.critic_save, backend=backend)
     if found is None:
         if checkpoint is None:
             return None
@@ -158,7 +175,14 @@ class Pending:
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
-def begin(save: Path, meta: Meta, write_model: Callable[[Path], None], write_rollout: Callable[[], None]) -> Pending:
+def begin(
+    save: Path,
+    meta: Meta,
+    write_model: Callable[[Path], None],
+    write_rollout: Callable[[], None],
+    *,
+    with_rng: bool = True,
+) -> Pending:
     """One checkpoint. `write_model(folder)` fills the model's part, or starts to; `write_rollout()` the data source's.
 
     It counts only after `Pending.finish`.
@@ -171,7 +195,8 @@ def begin(save: Path, meta: Meta, write_model: Callable[[Path], None], write_rol
     pending = Pending(save, unfinished, meta)
     try:
         write_model(unfinished)
-        torch.save(rng_state(), unfinished / "rng.pt")
+        if with_rng:
+            torch.save(rng_state(), unfinished / "rng.pt")
         (unfinished / "meta.json").write_text(json.dumps(asdict(meta), indent=1) + "\n")
         write_rollout()
     except BaseException:
@@ -236,6 +261,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def new_meta(rollout_id: int, *, steps: int, weight_version: int, world_size: int, seed: int) -> Meta:
-    done = rollout_id + 1
-    return Meta(done, rollout_id, done, steps, steps, world_size, time.time(), weight_version, seed)
+def new_meta(
+    rollout_id: int, *, steps: int, weight_version: int, world_size: int, seed: int, backend: str = "fsdp"
+) -> Meta:
+    """Of a checkpoint after `rollout_id`."""
+    number, done = rollout_id + FIRST_ITERATION[backend], rollout_id + 1
+    return Meta(number, rollout_id, done, steps, steps, world_size, time.time(), weight_version, seed, backend)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import time
 from argparse import Namespace
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -93,6 +93,22 @@ class TrainReport:
     notices: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Restoring:
+    """What a run takes from a checkpoint beside the weights. The two numbers are where its counters go on.
+
+    `with_optimizer`: moments and schedule, where the checkpoint has them. `weights_alone`: a run that begins, which has
+    a reference and older policies of its own.
+
+    Example: `Restoring(weight_version=20, steps_done=40)`
+    """
+
+    weight_version: int = 0
+    steps_done: int = 0
+    with_optimizer: bool = True
+    weights_alone: bool = False
+
+
 class TrainActor:
     """Trains one model with one backend. The same class trains an actor on every rank of every layout."""
 
@@ -135,7 +151,7 @@ class TrainActor:
         self.older = OlderPolicies(backend) if config.rollout.keep_old_actor else None
         self._notices: list[str] = []
         # Of this rank's passes in this rollout, by timer.
-        self._flops: Counter[str] = Counter()
+        self._flops: defaultdict[str, float] = defaultdict(float)
         # The one of the process, to which plug-ins add as well; read and reset once per rollout.
         self.timers = Timer()
         self.timers.reset()
@@ -287,7 +303,8 @@ class TrainActor:
         """Fill the column `log_probs` for `rows`; other rows stay NaN until their own forward pass."""
         records = self._tape is not None and not self._tape.from_engine
         if self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics and not records:
-            rows = rows[:0]
+            shard.response_columns["log_probs"] = torch.full((len(shard.loss_masks),), math.nan)
+            return  # nobody reads them
         with self.timers.context("log_probs"), nullcontext() if self.older is None else self.older.in_use():
             self._pass(shard, "log_probs", rows, self._read_log_probs)
 
@@ -315,17 +332,20 @@ class TrainActor:
     ) -> None:
         """Fill the column `name` for `rows` by a pass without gradients. Other weights route tokens as they like:
         their passes are none that `replays`."""
-        before = self.hooks.custom_megatron_before_log_prob_hook
-        if before is not None:
-            before(self.args, self.backend.model_chunks, store_prefix)
+        hook = self.hooks.custom_megatron_before_log_prob_hook
+        before = None if hook is None else lambda: hook(self.args, self.backend.model_chunks, store_prefix)
         micros = self._micro_batches(shard, rows, replays=replays)
-        self._flops[name] += forward_flops(self.backend.hf_config, shard.total_lengths[rows])
+        self._flops[name] += self._forward_flops(shard.total_lengths[rows])
         record = self._tape.record if self._tape is not None and replays else None
-        for micro, values in zip(micros, self.backend.forward_only(micros, read, record)):
+        for micro, values in zip(micros, self.backend.forward_only(micros, read, record, before)):
             if name not in shard.response_columns:
                 shard.response_columns[name] = torch.full((len(shard.loss_masks),), math.nan, dtype=values.dtype)
             shard.response_columns[name][micro.response_places.cpu()] = values
         shard.response_columns.setdefault(name, torch.full((len(shard.loss_masks),), math.nan))
+
+    def _forward_flops(self, lengths: IntArray) -> float:
+        """This rank's share of a pass over rows of these lengths."""
+        return forward_flops(self.backend.hf_config, lengths) / self.config.layout.model_size
 
     def _read_log_probs(self, micro: PackedBatch, output: ModelOutput) -> Tensor:
         return self._current(micro, output, with_entropy=False).log_probs.float()
@@ -386,7 +406,7 @@ class TrainActor:
         num_samples = global_batch_size - dropped
         scale = loss_scale(self.settings, num_samples, num_tokens, dp_size=self.backend.parallel.dp_cp_size)
 
-        self._flops["actor_train"] += TRAINING * forward_flops(self.backend.hf_config, shard.total_lengths[run])
+        self._flops["actor_train"] += TRAINING * self._forward_flops(shard.total_lengths[run])
         self.backend.zero_grad()
         before = self.hooks.custom_megatron_before_train_step_hook
         if before is not None:
@@ -550,19 +570,25 @@ class TrainActor:
         if self.critic is not None:
             self.critic.finish_saving()
 
-    def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
-        """Continue from a checkpoint: weights, optimizer, schedule, counters, older weights."""
-        self.backend.load(folder, with_optimizer=True)
-        if self.reference is not None:
+    def restore(self, folder: Path, how: Restoring) -> None:
+        """Continue from a checkpoint: weights, and as `how` says optimizer, schedule, counters, older weights."""
+        self.backend.load(folder, with_optimizer=how.with_optimizer)
+        if self.reference is not None and not how.weights_alone:
             self.reference.restore(folder)
         if self.older is not None:
-            self.older.restore(folder)
-        self.weight_version, self.steps_done = weight_version, steps_done
+            self.older.restore(None if how.weights_alone else folder)
+        self.weight_version, self.steps_done = how.weight_version, how.steps_done
 
-    def restore_critic(self, folder: Path) -> None:
+    def restore_critic(self, folder: Path, *, with_optimizer: bool) -> None:
         """Continue the critic from what `save` wrote."""
         assert self.critic is not None
-        self.critic.backend.load(folder, with_optimizer=True)
+        self.critic.backend.load(folder, with_optimizer=with_optimizer)
+
+    def saved(self, rollout_id: int, folder: Path, hf_folder: Path | None) -> None:
+        """A checkpoint is complete and in force."""
+        hook = self.hooks.custom_megatron_post_save_hook
+        if hook is not None:
+            hook(self.args, rollout_id, str(folder), None if hf_folder is None else str(hf_folder))
 
     def export_hf(self, folder: Path) -> None:
         """A Hugging Face model folder."""
@@ -578,7 +604,7 @@ class TrainActor:
         """Weight updates and saves count for the rollout that they precede."""
         seconds, flops = self.timers.log_dict(), self._flops
         self.timers.reset()
-        self._flops = Counter()
+        self._flops = defaultdict(float)
         ranks = self.backend.gather_over_ranks({**column_sums(shard), TOKENS: float(shard.total_lengths.sum())})
         tokens = sum(values[TOKENS] for values in ranks)
         metrics = {f"rollout/{name}": value for name, value in means_of(ranks).items()}

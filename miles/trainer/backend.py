@@ -154,10 +154,11 @@ class Backend(Protocol):
         micro_batches: Sequence[PackedBatch],
         read: Callable[[PackedBatch, ModelOutput], Tensor],
         record: Record | None = None,
+        before: Callable[[], None] | None = None,
     ) -> list[Tensor]:
         """`read` of every micro batch in evaluation mode, without gradients, in main memory; `record` is told the
-        experts that each took. Ranks may have unequal numbers of micro batches, or none; all of them must call this,
-        and `forward_backward`, equally often."""
+        experts that each took. `before` is called first, once, in that mode. Ranks may have unequal numbers of micro
+        batches, or none; all of them must call this, and `forward_backward`, equally often."""
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[MicroLoss]:
         """Accumulate the gradients of all micro batches; what `loss_fn` gave for each, detached, in the same order."""

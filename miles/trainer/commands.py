@@ -25,7 +25,7 @@ from miles.types import Failure
 if TYPE_CHECKING:
     from miles.batch import TrainBatch
     from miles.hooks.stats import Counts
-    from miles.trainer.actor import TrainReport
+    from miles.trainer.actor import Restoring, TrainReport
     from miles.trainer.heldout import LossSums
     from miles.trainer.schedule import Schedule
     from miles.trainer.worker import Worker
@@ -88,19 +88,19 @@ class Prepare(Command[None]):
 @dataclass(frozen=True)
 class Restore(Command[None]):
     folder: Path
-    weight_version: int
-    steps_done: int
+    how: Restoring
 
     def run(self, worker: Worker) -> None:
-        worker.actor.restore(self.folder, weight_version=self.weight_version, steps_done=self.steps_done)
+        worker.actor.restore(self.folder, self.how)
 
 
 @dataclass(frozen=True)
 class RestoreCritic(Command[None]):
     folder: Path
+    with_optimizer: bool
 
     def run(self, worker: Worker) -> None:
-        worker.actor.restore_critic(self.folder)
+        worker.actor.restore_critic(self.folder, with_optimizer=self.with_optimizer)
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,18 @@ class Save(Command[None]):
 class FinishSaving(Command[None]):
     def run(self, worker: Worker) -> None:
         worker.actor.finish_saving()
+
+
+@dataclass(frozen=True)
+class Saved(Command["dict[str, Counts]"]):
+    """A checkpoint is in force. What comes back are the counts of the plug-in that is told."""
+
+    rollout_id: int
+    folder: Path
+    hf_folder: Path | None
+
+    def run(self, worker: Worker) -> dict[str, Counts]:
+        return worker.saved(self)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ from miles.config import RunConfig
 from miles.engine.embedded.engine import EmbeddedEngine
 from miles.errors import FlagError, MilesError, TrainerError
 from miles.hooks import Hooks
+from miles.hooks.stats import Counts
 from miles.observe.tracking import Tracker
-from miles.trainer.actor import TrainReport
+from miles.trainer.actor import Restoring, TrainReport
 from miles.trainer.commands import (
     Command,
     Done,
@@ -57,6 +58,7 @@ from miles.trainer.commands import (
     Restore,
     RestoreCritic,
     Save,
+    Saved,
     SetPlugInState,
     Setup,
     Stepped,
@@ -227,12 +229,12 @@ class RankGroup:
         self.weights()
         self._all(Prepare(portable(args), schedule))
 
-    def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
-        self._all(Restore(folder, weight_version, steps_done))
-        self.weight_version, self.steps_done, self._resumed = weight_version, steps_done, True
+    def restore(self, folder: Path, how: Restoring) -> None:
+        self._all(Restore(folder, how))
+        self.weight_version, self.steps_done, self._resumed = how.weight_version, how.steps_done, True
 
-    def restore_critic(self, folder: Path) -> None:
-        self._all(RestoreCritic(folder))
+    def restore_critic(self, folder: Path, *, with_optimizer: bool) -> None:
+        self._all(RestoreCritic(folder, with_optimizer))
 
     def train_shards(self, rollout_id: int, shards: Sequence[TrainBatch], global_batch_size: int) -> TrainReport:
         """Train on a rollout, one shard per rank; the report is rank 0's."""
@@ -242,9 +244,7 @@ class RankGroup:
             self._resumed = False
         of_rank = [shards[self.config.layout.dp_rank(process.rank)] for process in self.processes]
         report, counts = self._each([Train(rollout_id, shard, global_batch_size) for shard in of_rank])[0]
-        for hook in self.hooks:
-            if hook.point.name in counts:
-                hook.stats.rollout.merge(counts[hook.point.name])
+        self._count(counts)
         self.steps_done += report.steps
         return report
 
@@ -272,6 +272,18 @@ class RankGroup:
 
     def finish_saving(self) -> None:
         self._all(FinishSaving())
+
+    def saved(self, rollout_id: int, folder: Path, hf_folder: Path | None) -> None:
+        assert self.hooks is not None
+        if self.hooks.custom_megatron_post_save_hook is not None:
+            self._count(self._all(Saved(rollout_id, folder, hf_folder))[0])
+
+    def _count(self, counts: Mapping[str, Counts]) -> None:
+        """Calls of plug-ins on rank 0, which the driver reports."""
+        assert self.hooks is not None
+        for hook in self.hooks:
+            if hook.point.name in counts:
+                hook.stats.rollout.merge(counts[hook.point.name])
 
     def export_hf(self, folder: Path) -> None:
         self._all(Export(folder))

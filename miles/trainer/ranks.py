@@ -84,8 +84,8 @@ class Ranks:
     # ---- what they agree on; every rank must call these in the same order ----------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:
-        """The element-wise sum over ranks with samples of their own, the same bits on all of them; `values` stay as
-        they are."""
+        """The element-wise sum over ranks that have samples of their own, the same bits on all of them. `values` stay
+        as they are."""
         if self.mesh is None:
             return values
         total = values.detach().clone()

@@ -2,7 +2,7 @@
 
 Both are snapshots that the one model of a process is pointed at for a pass, not models of their own. A second model
 would hold the same number of weights and its own buffers beside them; the snapshot goes through the very same modules,
-so that the KL of a policy to itself is 0 and not rounding; and an engine that reads the trainer's tensors in place
+so that the KL of a policy to itself is no more than rounding; and an engine that reads the trainer's tensors in place
 keeps reading them, because no tensor is written.
 """
 
@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from miles.config import RunConfig
-from miles.errors import CheckpointError
 from miles.trainer.backend import Backend, Snapshot
-
-TRACKER = "latest_checkpointed_iteration.txt"
+from miles.trainer.checkpoints import weights_folder
 
 
 class Reference:
@@ -81,9 +79,9 @@ class OlderPolicies:
         write(self.backend, self.old, folder / "old_actor")
         write(self.backend, self.old if self._updated else self.served, folder / "served_actor")
 
-    def restore(self, folder: Path) -> None:
-        """From a checkpoint that has none, the weights as they are: the policy that is trained."""
-        if (folder / "old_actor").is_dir():
+    def restore(self, folder: Path | None) -> None:
+        """From a checkpoint that has none, and from no folder, the weights as they are: the policy that is trained."""
+        if folder is not None and (folder / "old_actor").is_dir():
             self.old = self.backend.read_snapshot(folder / "old_actor", flag="--load")
             self.served = self.backend.read_snapshot(folder / "served_actor", flag="--load")
         else:
@@ -112,22 +110,3 @@ def holding(stored: Mapping[str, Tensor], snapshot: Mapping[str, Tensor]) -> Ite
 def write(backend: Backend, weights: Snapshot, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     backend.write_snapshot(weights, folder)
-
-
-def weights_folder(given: str, iteration: int | None, *, flag: str) -> Path:
-    """Where the weights are: `given` itself for a Hugging Face folder, or one of the checkpoints that `--save` wrote
-    there, the latest by default. CheckpointError names `flag`."""
-    root = Path(given)
-    if iteration is None and ((root / "config.json").is_file() or (root / "model").is_dir()):
-        return root
-    tracker = root / TRACKER
-    if iteration is None and tracker.is_file() and tracker.read_text().strip().isdecimal():
-        iteration = int(tracker.read_text())
-    folder = root if iteration is None else root / f"iter_{iteration:07d}"
-    if iteration is None or not folder.is_dir():
-        found = "no such folder" if not root.is_dir() else f"neither a config.json nor a {TRACKER}"
-        raise CheckpointError(
-            f"{flag} {given}: expected a Hugging Face model folder or one that --save wrote, found "
-            f"{found if iteration is None else f'no {folder.name} in it'}."
-        )
-    return folder

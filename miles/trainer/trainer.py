@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from miles.batch import TrainBatch
-from miles.trainer.actor import TrainReport
+from miles.trainer.actor import Restoring, TrainReport
 from miles.trainer.heldout import LossSums
 
 
@@ -26,10 +26,10 @@ class Trainer(Protocol):
     def update_weights(self) -> int:
         """Hand the weights to the engines under the next version number, which is returned."""
 
-    def restore(self, folder: Path, *, weight_version: int, steps_done: int) -> None:
+    def restore(self, folder: Path, how: Restoring) -> None:
         """Continue from a checkpoint."""
 
-    def restore_critic(self, folder: Path) -> None:
+    def restore_critic(self, folder: Path, *, with_optimizer: bool) -> None:
         """Continue PPO's critic from what `save` wrote of it."""
 
     def save(
@@ -40,6 +40,9 @@ class Trainer(Protocol):
 
     def finish_saving(self) -> None:
         """Wait for what `save` writes in the background. Raises what went wrong with it."""
+
+    def saved(self, rollout_id: int, folder: Path, hf_folder: Path | None) -> None:
+        """The checkpoint `folder` is complete and in force, and so is the Hugging Face folder that belongs to it."""
 
     def export_hf(self, folder: Path) -> None:
         """A Hugging Face model folder."""

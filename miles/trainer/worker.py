@@ -38,7 +38,7 @@ from miles.observe.timers import timer
 from miles.observe.tracking import Tracker
 from miles.observe.tracking import install as install_tracker
 from miles.trainer.actor import TrainActor, TrainReport
-from miles.trainer.commands import Command, Done, Event, Failed, Logged, Save, Setup, Stepped, receive, send
+from miles.trainer.commands import Command, Done, Event, Failed, Logged, Save, Saved, Setup, Stepped, receive, send
 from miles.trainer.models import Models
 from miles.trainer.ranks import Ranks
 from miles.weights.shared_memory import SharedMemory
@@ -157,15 +157,22 @@ class Worker:
     def train(
         self, rollout_id: int, shard: TrainBatch, global_batch_size: int
     ) -> tuple[TrainReport, dict[str, Counts]]:
-        self.hooks.begin_rollout()
+        """The report, and the calls of plug-ins since the one before: those that made the model are the first's."""
         report = self.actor.train(rollout_id, shard, global_batch_size)
-        return report, {hook.point.name: hook.stats.rollout for hook in self.hooks}
+        counts = {hook.point.name: hook.stats.rollout for hook in self.hooks}
+        self.hooks.begin_rollout()
+        return report, counts
 
     def save(self, to: Save) -> None:
         with timer("save_model"):
             self.actor.save(
                 to.folder, with_optimizer=to.with_optimizer, background=to.background, critic_folder=to.critic_folder
             )
+
+    def saved(self, what: Saved) -> dict[str, Counts]:
+        self.hooks.begin_rollout()
+        self.actor.saved(what.rollout_id, what.folder, what.hf_folder)
+        return {hook.point.name: hook.stats.rollout for hook in self.hooks}
 
     def _on_step(self) -> None:
         if self.setup.rank == 0:

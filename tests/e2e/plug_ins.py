@@ -189,3 +189,20 @@ def half_pg_reducer(*given: Any) -> Callable[[Tensor], Tensor]:
     """Half of it: shows that the reducer is really used."""
     whole = pg_reducer(*given)
     return lambda values: whole(values) / 2
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def note_saved(args: Namespace, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None) -> None:
+    """One line of `<run>/saved_<rank>.txt`: what a post-save hook was told, and what was in force then."""
+    folder = Path(checkpoint_dir)
+    in_force = (folder.parent / "latest_checkpointed_iteration.txt").read_text().strip()
+    has_model = hf_checkpoint_dir is not None and (Path(hf_checkpoint_dir) / "model.safetensors").is_file()
+    whole = (folder / "meta.json").is_file()
+    with open(Path(args.run_dir) / f"saved_{getattr(args, 'rank', 0)}.txt", "a") as file:
+        file.write(f"{rollout_id} {folder.name} {in_force} {whole} {hf_checkpoint_dir} {has_model}\n")
+
+
+def fails_after_a_save(args: Namespace, rollout_id: int, checkpoint_dir: str, hf_checkpoint_dir: str | None) -> None:
+    raise OSError(f"nobody takes {Path(checkpoint_dir).name}")

@@ -165,6 +165,66 @@ def test_data_continues_without_a_trainer(tmp_path: Path) -> None:
     assert [s.prompt for s in read_rollouts(probe, 2)] == [s.prompt for s in read_rollouts(run, 2)]
 
 
+# ---- a part of it --------------------------------------------------------------------------------------------------
+
+
+def test_finetuning_takes_the_weights_and_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, tuned = tmp_path / "first", tmp_path / "tuned"
+    train(first, *saving(first), "--num-rollout", 2)
+    train(tuned, *saving(tuned), "--load", first / "ck", "--finetune", "--num-rollout", 1, "--lr", 0)
+    said = capsys.readouterr().out
+    assert "optimizer, random generators and data begin anew (--finetune): rollout 0 is next" in said
+    assert same(weights(first), weights(tuned))
+    assert recorded_rollouts(tuned) == [0] and data_state(tuned, 0) == data_state(first, 0)
+    meta = json.loads((latest(tuned) / "meta.json").read_text())
+    assert (meta["iteration"], meta["global_step"], meta["weight_version"]) == (1, 2, 2)
+
+
+def test_without_the_optimizer(tmp_path: Path) -> None:
+    """Weights and position go on; moments and the schedule begin."""
+    run = tmp_path / "run"
+    train(run, *saving(run), "--num-rollout", 1, "--lr-warmup-iters", 4)
+    train(run, *saving(run), "--num-rollout", 2, "--lr-warmup-iters", 4, "--load", run / "ck", "--no-load-optim")
+    assert recorded_rollouts(run) == [0, 1]
+    assert [metrics(run, "train/lr-pg_0")[step] for step in (0, 1, 2, 3)] == pytest.approx([5e-5, 1e-4, 5e-5, 1e-4])
+    assert json.loads((latest(run) / "meta.json").read_text())["global_step"] == 4
+
+
+def test_without_random_generators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train(run, *saving(run), "--num-rollout", 1, "--no-save-rng")
+    assert not (latest(run) / "rng.pt").exists()
+    train(run, *saving(run), "--num-rollout", 2, "--load", run / "ck", status=2)
+    assert "rng.pt cannot be read" in capsys.readouterr().err
+    train(run, *saving(run), "--num-rollout", 2, "--load", run / "ck", "--no-load-rng")
+    assert recorded_rollouts(run) == [0, 1]
+
+
+# ---- who is told ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [(), ("--async-save",)], ids=["at once", "async"])
+def test_the_post_save_hook_is_told_what_is_in_force(background: tuple[str, ...], tmp_path: Path) -> None:
+    run, hf = tmp_path / "run", tmp_path / "hf_{rollout_id}"
+    hook = ("--custom-megatron-post-save-hook-path", plug_in("note_saved"), "--save-hf", hf)
+    train(run, *saving(run), "--num-rollout", 2, *hook, *background)
+    assert (run / "saved_0.txt").read_text().splitlines() == [
+        f"{i} iter_{i + 1:07d} {i + 1} True {tmp_path / f'hf_{i}'} True" for i in range(2)
+    ]
+
+
+def test_a_post_save_hook_that_fails_ends_the_run_with_its_checkpoint_in_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, hook = tmp_path / "run", ("--custom-megatron-post-save-hook-path", plug_in("fails_after_a_save"))
+    train(run, *saving(run), "--num-rollout", 2, *hook, status=1)
+    assert "nobody takes iter_0000001" in capsys.readouterr().err
+    assert latest(run).name == "iter_0000001" and not [*(run / "ck").glob(".*")]
+    drop = ("--hook-policy", "custom-megatron-post-save-hook=drop")
+    train(run, *saving(run), "--num-rollout", 2, *hook, *drop, "--load", run / "ck")
+    assert latest(run).name == "iter_0000002"
+
+
 # ---- damage --------------------------------------------------------------------------------------------------------
 
 

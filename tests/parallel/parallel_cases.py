@@ -24,7 +24,7 @@ from miles.batch import TrainBatch, from_published_dict, split_batch
 from miles.config import parse
 from miles.hooks import bind
 from miles.observe.tracking import Tracker
-from miles.trainer.actor import TrainActor
+from miles.trainer.actor import Restoring, TrainActor
 from miles.trainer.backend import StepResult
 from miles.trainer.critic import Critic, critic_optimizer
 from miles.trainer.fsdp.backend import FsdpBackend
@@ -140,13 +140,14 @@ class Lines:
     def close(self) -> None: ...
 
 
-def make_model(folder: Path, *, tied: bool, seed: int = 0) -> str:
-    path = folder / f"{'tied' if tied else 'untied'} {seed}"
+def make_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 2) -> str:
+    path = folder / f"{'tied' if tied else 'untied'} {seed}{'' if layers == 2 else f' of {layers} layers'}"
     if not path.exists():
         torch.manual_seed(seed)
         config = Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=8, intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=tied, eos_token_id=1,
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=128,
+            tie_word_embeddings=tied, eos_token_id=1,
         )  # fmt: skip
         Qwen3ForCausalLM(config).save_pretrained(path)
     return str(path)
@@ -267,7 +268,7 @@ def save(folder: Path, ranks: Ranks) -> dict[str, Tensor]:
 def load(source: Path, folder: Path, ranks: Ranks) -> dict[str, Tensor]:
     """What is there after `source` has been loaded."""
     actor, backend = make_actor(UNTIED, folder, ranks, Trace())
-    actor.restore(source, weight_version=0, steps_done=STEPS)
+    actor.restore(source, Restoring(steps_done=STEPS))
     return everything(backend)
 
 

@@ -84,7 +84,7 @@ class MegatronParallel(Section):
         True,
         "Do not overlap sends between stages with computation.",
         option="--no-overlap-p2p-communication",
-        status=no_meaning_here("sends overlap with computation where stages are virtual, and only there."),
+        status=no_meaning_here("sends between stages overlap where stages are virtual, and only there."),
     )
     use_cpu_initialization: bool = megatron_flag(
         False, "Make the weights in main memory first; always so without a GPU.", sets=TRANSFORMER
@@ -256,20 +256,6 @@ class MegatronRest(Section):
         "torch_dist",
         "Format of the checkpoints.",
         status=not_built("Another checkpoint format than torch_dist", when=lambda v: v != "torch_dist"),
-    )
-    no_load_optim: bool = megatron_flag(
-        False, "Resume without the optimizer's state.", status=not_built("Resuming without the optimizer's state")
-    )
-    no_load_rng: bool = megatron_flag(
-        False, "Resume without the states of random numbers.", status=not_built("Resuming without random states")
-    )
-    no_save_rng: bool = megatron_flag(
-        False, "Leave random states out.", status=not_built("Checkpoints without random states")
-    )
-    finetune: bool = megatron_flag(
-        False,
-        "Take the weights of --load, and start anew.",
-        status=not_built("Starting anew from the weights of a checkpoint"),
     )
     ckpt_fully_parallel_save: bool = megatron_flag(
         True,

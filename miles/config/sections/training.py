@@ -196,6 +196,14 @@ class CheckpointConfig(Section):
         False, "Write checkpoints in the background; each counts from the end of the next rollout's training."
     )
     no_save_optim: bool = flag(False, "Leave the optimizer out of the checkpoints.")
+    no_load_optim: bool = flag(
+        False, "Resume without the optimizer's state; the learning rate's schedule starts anew, too."
+    )
+    no_save_rng: bool = flag(False, "Leave the states of random generators out of the checkpoints.")
+    no_load_rng: bool = flag(False, "Resume without the states of random generators.")
+    finetune: bool = flag(
+        False, "Take nothing but the weights of --load: optimizer, random generators, data and rollouts begin anew."
+    )
     save_hf: str | None = flag(
         None,
         "Also write a Hugging Face folder with each checkpoint: a path with {rollout_id} in it.",

@@ -22,6 +22,7 @@ from miles.config import OptimizerConfig, TrainConfig
 from miles.loss import exact_logprobs
 from miles.loss.logprobs import linear_log_probs
 from miles.trainer.backend import LossFn, MicroLoss, ModelOutput, Record, Snapshot, StepResult
+from miles.trainer.checkpoints import is_megatrons, refuse_other
 from miles.trainer.fsdp import checkpoint, exact, moe
 from miles.trainer.fsdp.model import load_model, on_disk, owned_tensors, stored_tensors, use_value_head
 from miles.trainer.hf_folder import EXPORT_BUCKET_BYTES, write_hf
@@ -124,11 +125,14 @@ class FsdpBackend:
         micro_batches: Sequence[PackedBatch],
         read: Callable[[PackedBatch, ModelOutput], Tensor],
         record: Record | None = None,
+        before: Callable[[], None] | None = None,
     ) -> list[Tensor]:
         missing = self._missing(micro_batches)
         self.model.eval()
         try:
             with torch.no_grad():
+                if before is not None:
+                    before()
                 results = [self._read(micro, read, record).cpu() for micro in micro_batches]
                 for _ in range(missing):
                     self._forward(self._idle)
@@ -226,6 +230,8 @@ class FsdpBackend:
         if (folder / "config.json").is_file():
             other = load_model(str(folder), dtype=torch.float32, gradient_checkpointing=False, flag=flag)
             return self._own_part(owned_tensors(other), folder, flag)
+        if is_megatrons(folder):
+            refuse_other("megatron", "fsdp", folder, flag)
         weights = {name: torch.empty_like(tensor) for name, tensor in owned_tensors(self.model).items()}
         checkpoint.read_into(folder / "model", weights, flag=flag)
         return weights

@@ -19,6 +19,7 @@ from miles.config import OptimizerConfig, RunConfig
 from miles.config.layout import ParallelLayout
 from miles.rope import rope_frequencies
 from miles.trainer.megatron.inputs import Format
+from miles.trainer.megatron.model import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,12 @@ class MegatronSettings:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
-    def transformer_config(self, hf_config: Any, device: torch.device) -> TransformerConfig:
+    def vocabulary(self, hf_config: Any) -> Vocabulary:
+        return Vocabulary.of(hf_config.vocab_size, tensor=self.layout.tensor, padded=self.padded_vocab_size)
+
+    def transformer_config(
+        self, hf_config: Any, device: torch.device, kind: type[TransformerConfig] = TransformerConfig
+    ) -> TransformerConfig:
         """Of the whole model, on this layout."""
         layout, on_cpu = self.layout, device.type == "cpu"
         values: dict[str, Any] = {
@@ -101,7 +107,7 @@ class MegatronSettings:
         scale = rope_frequencies(hf_config, values["kv_channels"])[1]
         if scale != 1.0:
             values["softmax_scale"] = scale**2 * values["kv_channels"] ** -0.5
-        config = TransformerConfig(**values)
+        config = kind(**values)
         config.finalize_model_grads_func = finalize_model_grads
         return config
 

@@ -10,6 +10,7 @@ import torch
 from miles.config import CheckpointConfig
 from miles.errors import CheckpointError
 from miles.run import resume
+from miles.trainer.checkpoints import weights_folder
 
 
 def meta(rollout_id: int) -> resume.Meta:
@@ -100,6 +101,46 @@ def test_damage_is_named(tmp_path: Path, break_it: object, says: str) -> None:
     break_it(tmp_path)  # type: ignore[operator]
     with pytest.raises(CheckpointError, match=says):
         resume.find(str(tmp_path))
+
+
+def test_megatron_counts_from_the_rollout_itself(tmp_path: Path) -> None:
+    """iter_<rollout_id>, as Megatron's own iterations; fsdp counts rollouts that are done."""
+    own = resume.new_meta(4, steps=10, weight_version=6, world_size=1, seed=7, backend="megatron")
+    folder = resume.write(tmp_path, own, lambda f: _write(f / "model.txt", "weights"), lambda: None)
+    assert folder.name == "iter_0000004" and (tmp_path / resume.TRACKER).read_text() == "4\n"
+    found = resume.find(str(tmp_path), backend="megatron")
+    assert found is not None and found.meta == own and found.next_rollout_id == 5
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("fsdp", "megatron"), ("megatron", "fsdp")])
+def test_a_checkpoint_of_the_other_backend_is_refused(theirs: str, ours: str, tmp_path: Path) -> None:
+    own = resume.new_meta(4, steps=10, weight_version=6, world_size=1, seed=7, backend=theirs)
+    resume.write(tmp_path, own, lambda f: _write(f / "model.txt", "weights"), lambda: None)
+    with pytest.raises(CheckpointError, match=f"--train-backend {theirs}, this run has --train-backend {ours}.*save-hf"):
+        resume.find(str(tmp_path), backend=ours)
+
+
+@pytest.mark.parametrize(("number", "folder", "after"), [("5", "iter_0000005", 6), ("release", "release", 0)])
+def test_megatron_s_own_checkpoints(number: str, folder: str, after: int, tmp_path: Path) -> None:
+    """Of its training the rollout after the iteration is next; what its tools converted, no training preceded."""
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "metadata.json").write_text("{}")
+    (tmp_path / resume.TRACKER).write_text(number)
+    found = resume.find(str(tmp_path), backend="megatron")
+    assert found == resume.Checkpoint(tmp_path / folder, None, after)
+    assert weights_folder(str(tmp_path), None, flag="--ref-load") == tmp_path / folder
+    assert weights_folder(str(tmp_path / folder), None, flag="--ref-load") == tmp_path / folder
+    with pytest.raises(CheckpointError, match="was written with --train-backend megatron"):
+        resume.find(str(tmp_path), backend="fsdp")
+
+
+def test_weights_of_one_of_several_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    save(tmp_path, 9)
+    assert weights_folder(str(tmp_path), None, flag="--ref-load").name == "iter_0000010"
+    assert weights_folder(str(tmp_path), 5, flag="--ref-load").name == "iter_0000005"
+    with pytest.raises(CheckpointError, match="--ref-load .*found no iter_0000006 in it"):
+        weights_folder(str(tmp_path), 6, flag="--ref-load")
 
 
 def test_random_generators_come_back(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from miles.config import parse
 from miles.errors import CheckpointError, UsageError
 from miles.hooks import bind
 from miles.observe.tracking import Tracker
-from miles.trainer.actor import TrainActor
+from miles.trainer.actor import Restoring, TrainActor
 from miles.trainer.fsdp.backend import FsdpBackend
 from miles.trainer.schedule import schedule_of
 
@@ -374,7 +374,7 @@ def test_save_and_load_continue_bitwise(folder: Path, tmp_path: Path) -> None:
     straight.train(1, rollout.batch(), SAMPLES_PER_STEP)
 
     resumed, _ = make_actor(folder)
-    resumed.restore(tmp_path / "ck", weight_version=5, steps_done=STEPS)
+    resumed.restore(tmp_path / "ck", Restoring(weight_version=5, steps_done=STEPS))
     assert (resumed.weight_version, resumed.steps_done, resumed.backend.scheduler.num_steps) == (5, STEPS, STEPS)
     resumed.train(1, rollout.batch(), SAMPLES_PER_STEP)
     for a, b in zip(straight.backend.params, resumed.backend.params):

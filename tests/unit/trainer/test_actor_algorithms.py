@@ -29,7 +29,7 @@ from miles.errors import CheckpointError, StepError
 from miles.hooks import bind
 from miles.observe import debug_data
 from miles.observe.tracking import Tracker
-from miles.trainer.actor import TrainActor
+from miles.trainer.actor import Restoring, TrainActor
 from miles.trainer.critic import Critic, critic_optimizer
 from miles.trainer.fsdp.backend import FsdpBackend
 from miles.trainer.schedule import schedule_of
@@ -207,7 +207,8 @@ def test_the_kl_of_the_policy_to_itself_is_zero(folders: tuple[Path, Path], tmp_
     flags = ("--use-kl-loss", "--kl-loss-coef", "1", "--ref-load", folders[0])
     actor, lines = build(folders[0], tmp_path, *SPLITS["three"], *flags)
     actor.train(0, make_rollout().batch(), SAMPLES_PER_STEP)
-    assert lines.steps[0]["train/kl_loss"] == 0.0 != lines.steps[1]["train/kl_loss"]
+    # Micro batches of the two passes hold other rows, and a matrix product may round them otherwise.
+    assert abs(lines.steps[0]["train/kl_loss"]) < 1e-7 and abs(lines.steps[1]["train/kl_loss"]) > 1e-5
 
 
 def test_the_engine_s_tensors_stay_what_they_are(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -308,7 +309,7 @@ def test_an_old_actor_that_is_saved_after_the_update_goes_on(folders: tuple[Path
     (tmp_path / "actor").mkdir()
     straight.save(tmp_path / "actor", with_optimizer=True)
     resumed, _ = build(folders[0], tmp_path, "--keep-old-actor")
-    resumed.restore(tmp_path / "actor", weight_version=1, steps_done=3)
+    resumed.restore(tmp_path / "actor", Restoring(weight_version=1, steps_done=3))
     resumed.update_weights()
     for number in (1, 2):
         batches = make_rollout().batch(), make_rollout().batch()
@@ -344,9 +345,9 @@ def test_save_and_restore_continue_bitwise(case: str, folders: tuple[Path, Path]
     rollout(straight, 2)
 
     resumed, _ = build(folders[0], tmp_path, *flags)
-    resumed.restore(tmp_path / "actor", weight_version=2, steps_done=6)
+    resumed.restore(tmp_path / "actor", Restoring(weight_version=2, steps_done=6))
     if resumed.critic is not None:
-        resumed.restore_critic(tmp_path / "actor" / "critic")
+        resumed.restore_critic(tmp_path / "actor" / "critic", with_optimizer=True)
     resumed.update_weights()
     rollout(resumed, 2)
     pairs = [(straight, resumed)]
