@@ -366,8 +366,10 @@ class TrainActor:
             return []
         if data.use_dynamic_batch_size:
             assert data.max_tokens_per_gpu is not None
-            budget = data.max_tokens_per_gpu * self.backend.parallel.cp_size
-            parts = by_tokens(rows, shard.total_lengths, budget, name_of=shard.name_of)
+            ranks = self.backend.parallel.cp_size
+            parts = by_tokens(
+                rows, shard.total_lengths, data.max_tokens_per_gpu, num_ranks=ranks, name_of=shard.name_of
+            )
         else:
             parts = by_count(rows, shard.total_lengths, data.micro_batch_size)
         # Custom losses get logits of every row in full: the published layout.
@@ -419,7 +421,7 @@ class TrainActor:
         micros = self._micro_batches(shard, run)
         results = self.backend.forward_backward(micros, lambda micro, output: self._loss(shard, micro, output, scale))
         own_loss = sum(float(result.loss) for result in results)
-        finite = math.isfinite(float(self.backend.sum_over_ranks(torch.tensor([own_loss], dtype=torch.float64))))
+        finite = not self.backend.on_any_rank(not math.isfinite(own_loss))
         outcome = self.backend.optimizer_step() if finite else self.backend.skip_step()
         if outcome.skipped:
             failed = [micro for micro, result in zip(micros, results) if not math.isfinite(float(result.loss))]
@@ -452,7 +454,8 @@ class TrainActor:
         rank = self.backend.parallel.dp_rank
         name = f"{self.prefix}step_{rollout_id}_{step_id}_rank{rank}.pt"
         file = Path(str(self.config.run.run_dir)) / "failures" / name
-        keep_step(file, rollout_id, rank, shard.select(rows))
+        if self.backend.parallel.speaks:
+            keep_step(file, rollout_id, rank, shard.select(rows))
         ranks = self.backend.gather_over_ranks({shard.name_of(row): 1.0 for row in bad})
         names = [name for of_rank in ranks for name in of_rank]
         whose = f" for a micro-batch with {listed(names)}" if names else ""
@@ -615,6 +618,8 @@ class TrainActor:
 
     def _dump(self, template: str, rollout_id: int, shard: TrainBatch) -> None:
         rank = self.backend.parallel.dp_rank
+        if not self.backend.parallel.speaks:
+            return
         data = {"rollout_id": rollout_id, "rank": rank, "rollout_data": dict(shard.as_dict(tensors=True))}
         debug_data.write_torch(
             Path(template.format(rollout_id=rollout_id, rank=rank)), data, flag="--save-debug-train-data"

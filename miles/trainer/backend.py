@@ -166,6 +166,9 @@ class Backend(Protocol):
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Summed over data-parallel ranks, for metrics and token counts."""
 
+    def on_any_rank(self, happened: bool) -> bool:
+        """Whether it happened on one of all ranks: what they go on to do together depends on it."""
+
     def gather_over_ranks(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
         """Named numbers of every data-parallel rank, in their order; names may differ between ranks."""
 

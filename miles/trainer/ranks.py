@@ -99,6 +99,10 @@ class Ranks:
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         return int(both)
 
+    def any(self, happened: bool) -> bool:
+        """Whether it happened on one of all ranks, those that hold the same samples included."""
+        return bool(self.largest(int(happened)))
+
     def gather(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
         """The named numbers of every rank that speaks, in the order of ranks. They travel as JSON, which keeps every
         bit."""

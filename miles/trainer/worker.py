@@ -108,7 +108,8 @@ class Worker:
 
     def __init__(self, setup: Setup, pipe: Pipe, stack: ExitStack) -> None:
         self.setup, self.config, self.pipe, self._stack = setup, setup.config, pipe, stack
-        seed = self.config.run.seed + setup.rank
+        # Ranks that hold the same samples draw the same numbers: plug-ins run on each of them.
+        seed = self.config.run.seed + self.config.layout.dp_rank(setup.rank)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

@@ -168,6 +168,9 @@ class FsdpBackend:
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.ranks.sum(values)
 
+    def on_any_rank(self, happened: bool) -> bool:
+        return self.ranks.any(happened)
+
     def gather_over_ranks(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
         return self.ranks.gather(values)
 
