@@ -43,11 +43,18 @@ def refuse_missing_library(draft: Draft) -> None:
 
 
 def bridge(draft: Draft) -> None:
-    if draft["megatron_to_hf_mode"] == "bridge" and not has("megatron.bridge"):
+    if draft["megatron_to_hf_mode"] != "bridge":
+        return
+    if not has("megatron.bridge"):
         raise FlagError(
             "--megatron-to-hf-mode bridge",
             given="Megatron-Bridge is not installed.",
             remedy="Use --megatron-to-hf-mode raw, or pip install megatron-bridge.",
+        )
+    if draft["load"] is None and draft["ref_load"] is not None:
+        draft.notices.append(
+            f"--ref-load {draft['ref_load']}: training starts from these weights, too, as --megatron-to-hf-mode bridge "
+            "does without --load."
         )
 
 
@@ -96,7 +103,9 @@ def fused_kernels(draft: Draft) -> None:
 
 
 def local_layers(draft: Draft) -> None:
-    draft.substitute("transformer_impl", "local", "the layers are Megatron's local ones.")
+    by_bridge = draft["megatron_to_hf_mode"] == "bridge" and draft["custom_model_provider_path"] is None
+    why = "Megatron-Bridge chooses the layers." if by_bridge else "the layers are Megatron's local ones."
+    draft.substitute("transformer_impl", "local", why)
 
 
 SUBSTITUTES: list[Rule] = [smallest_world, precision, fused_kernels, local_layers]
@@ -148,9 +157,19 @@ def vocabulary(draft: Draft) -> None:
     tokens, tensor = draft["vocab_size"], draft["tensor_model_parallel_size"]
     if tokens is None:
         return
-    unit = draft["make_vocab_size_divisible_by"] * tensor
+    by_bridge = draft["megatron_to_hf_mode"] == "bridge"
+    unit = tensor
+    if not by_bridge or draft.given("make_vocab_size_divisible_by"):
+        unit *= draft["make_vocab_size_divisible_by"]
     draft.fill("padded_vocab_size", -(-tokens // unit) * unit)
     padded = draft["padded_vocab_size"]
+    if by_bridge and tensor == 1 and padded > tokens:
+        raise FlagError(
+            "--megatron-to-hf-mode bridge",
+            given=f"without tensor parallelism, Megatron-Bridge fills no vocabulary of {padded} from the {tokens} of "
+            "the model.",
+            remedy="Leave out --padded-vocab-size and --make-vocab-size-divisible-by.",
+        )
     if padded < tokens or padded % tensor:
         raise FlagError(
             "--padded-vocab-size",

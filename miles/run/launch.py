@@ -203,7 +203,8 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     else:
         configure_logger()
     backend = config.train.train_backend
-    checkpoint = resume.find(config.checkpoint.load, config.checkpoint.save, backend=backend)
+    by_bridge = backend == "megatron" and config.train.megatron_to_hf_mode == "bridge"
+    checkpoint = resume.find(config.checkpoint.load, config.checkpoint.save, backend=backend, or_hf=by_bridge)
     # What a run goes on with; of other checkpoints it takes the weights and begins.
     meta = None if checkpoint is None or config.checkpoint.finetune else checkpoint.meta
     record = stack.enter_context(_open_record(config, resuming=meta is not None))

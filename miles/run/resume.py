@@ -34,7 +34,7 @@ from miles.config import CheckpointConfig
 from miles.errors import CheckpointError
 from miles.observe import debug_data
 from miles.rollout.data_state import replace_file, sync
-from miles.trainer.checkpoints import RELEASE, TRACKER, is_megatrons, named, refuse_other
+from miles.trainer.checkpoints import RELEASE, TRACKER, is_hf, is_megatrons, named, refuse_other
 
 OUTDATED = ".outdated"
 
@@ -71,17 +71,21 @@ class Checkpoint:
     next_rollout_id: int
 
 
-def find(load: str | None, save: str | None = None, *, backend: str = "fsdp") -> Checkpoint | None:
+def find(
+    load: str | None, save: str | None = None, *, backend: str = "fsdp", or_hf: bool = False
+) -> Checkpoint | None:
     """The latest complete checkpoint under `--load`; None where the folder has none yet.
 
     None is no error for a folder that `--save` names as well: scripts name one for both, and the first run finds it
     empty. Any other folder without a checkpoint is a mistake, and so is a checkpoint of another `--train-backend`:
-    CheckpointError.
+    CheckpointError. With `or_hf`, a Hugging Face folder is weights to start from, and no checkpoint.
     """
     if load is None:
         return None
     tracker = Path(load) / TRACKER
     if not tracker.is_file():
+        if or_hf and is_hf(Path(load)):
+            return None
         if save is not None and Path(save).absolute() == Path(load).absolute():
             return None
         found = f"it has no {TRACKER}" if Path(load).is_dir() else "there is no such folder"

@@ -30,11 +30,16 @@ def is_fsdps(folder: Path) -> bool:
     return (folder / "model").is_dir()
 
 
+def is_hf(folder: Path) -> bool:
+    """Whether this is a Hugging Face model folder."""
+    return (folder / "config.json").is_file()
+
+
 def weights_folder(given: str, iteration: int | None, *, flag: str) -> Path:
     """Where the weights are: `given` itself for a Hugging Face folder or one checkpoint, or one of the checkpoints that
     `--save` or Megatron's tools wrote there, the latest by default. CheckpointError names `flag`."""
     root = Path(given)
-    if iteration is None and ((root / "config.json").is_file() or is_fsdps(root) or is_megatrons(root)):
+    if iteration is None and (is_hf(root) or is_fsdps(root) or is_megatrons(root)):
         return root
     number: int | str | None = iteration
     tracker = root / TRACKER

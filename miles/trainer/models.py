@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from miles.config import OptimizerConfig, RunConfig
+from miles.errors import UsageError
 from miles.hooks import Hooks
 from miles.hooks.values import BadReturn
 from miles.observe.tracking import Tracker
@@ -88,7 +89,10 @@ def megatron(config: RunConfig, args: Namespace, hooks: Hooks, ranks: Ranks | No
         try:
             return MegatronBackend(settings, optimizer, own, role=role, seed=seed, provider=hook)
         except provided.ProviderError as error:
-            assert hook is not None
+            if hook is None:
+                raise UsageError(
+                    f"--megatron-to-hf-mode bridge: Megatron-Bridge {error}. Use --megatron-to-hf-mode raw."
+                ) from error
             hook.reject(BadReturn("type", str(error)))
 
     return make

@@ -38,16 +38,17 @@ from miles.trainer.backend import (
     Snapshot,
     StepResult,
 )
-from miles.trainer.checkpoints import is_fsdps, refuse_other
+from miles.trainer.checkpoints import is_fsdps, is_hf, refuse_other
 from miles.trainer.hf_folder import EXPORT_BUCKET_BYTES, write_hf
 from miles.trainer.megatron import checkpoint, convert
+from miles.trainer.megatron.converter import converter_of
 from miles.trainer.megatron.inputs import Inputs, arrange
 from miles.trainer.megatron.model import GPT, Provider, Role, chunks, own_provider, unwrapped, wrapped
 from miles.trainer.megatron.output import HiddenOutput, LogitsOutput
 from miles.trainer.megatron.provided import adopt
 from miles.trainer.megatron.ranks import from_last_stage, parallel_state, told_by_last_stage
 from miles.trainer.megatron.routing import Routers
-from miles.trainer.megatron.settings import MegatronSettings
+from miles.trainer.megatron.settings import MegatronSettings, Start
 from miles.trainer.ranks import Ranks, own_device
 from miles.trainer.schedule import ParamScheduler, Schedule
 from miles.trainer.snapshots import holding
@@ -83,6 +84,8 @@ class MegatronBackend:
         self.hf_config = AutoConfig.from_pretrained(settings.folder)
         self.config = settings.transformer_config(self.hf_config, self.device)
         vocabulary = settings.vocabulary(self.hf_config)
+        self.converter = converter_of(settings)
+        provider = provider or self.converter.provider()
         self.parallel = parallel_state(vocabulary.size)
         made = chunks(
             self.config,
@@ -98,7 +101,7 @@ class MegatronBackend:
         for model in made:
             if isinstance(model, GPT):
                 model.gives_hidden = self._gives_hidden
-        convert.load_hf(settings.folder, made, self.config, own_head=role == "critic")
+        self._begin(made)
         ddp = settings.ddp_config()
         self.model_chunks: list[Any] = wrapped(made, self.config, ddp, role)
         self.shares_prompts = self._gives_hidden and settings.qkv_format == "thd" and settings.layout.context == 1
@@ -112,7 +115,22 @@ class MegatronBackend:
         self._overlap(ddp)
         self.scheduler = ParamScheduler(self.optimizer, Schedule(max_lr=optimizer.lr))
         self._saver = checkpoint.Saver()
-        self._exporter: convert.Exporter | None = None
+        self._exporter: Weights | None = None
+
+    def _begin(self, models: list[Any]) -> None:
+        """The first weights of `models`, which are not wrapped yet."""
+        own = Start(Path(self.settings.folder), "--hf-checkpoint")
+        start = self.settings.start if self.settings.start is not None and self.role == "actor" else own
+        if is_hf(start.folder):
+            self.converter.load(models, start.folder, flag=start.flag, own_head=self.role == "critic")
+        else:
+            self._load_checkpoint(start.folder, models, flag=start.flag)
+
+    def _load_checkpoint(self, folder: Path, models: list[Any], *, flag: str) -> None:
+        """Weights alone."""
+        if is_fsdps(folder):
+            refuse_other("fsdp", "megatron", folder, flag)
+        checkpoint.load(folder, models, None, flag=flag)
 
     def use_schedule(self, schedule: Schedule) -> None:
         self.scheduler = ParamScheduler(self.optimizer, schedule)
@@ -342,7 +360,7 @@ class MegatronBackend:
     def weights(self) -> Weights:
         self._settle()
         if self._exporter is None:
-            self._exporter = convert.Exporter(self.settings.folder, self._models(), self.config, experts="stacked")
+            self._exporter = self.converter.weights(self._models(), experts="stacked")
         return self._exporter
 
     def _models(self) -> list[Any]:
@@ -359,13 +377,12 @@ class MegatronBackend:
         return holding(self._own(), snapshot)
 
     def read_snapshot(self, folder: Path, *, flag: str) -> Snapshot:
-        if (folder / "config.json").is_file():
-            found = convert.read_hf(folder, self._models(), self.config, flag=flag)
+        if is_hf(folder):
+            self._settle()
+            found = self.converter.read(self._models(), folder, flag=flag)
             return {name: tensor.to(self.device) for name, tensor in found.items()}
-        if is_fsdps(folder):
-            refuse_other("fsdp", "megatron", folder, flag)
         with self.using(self._own()):
-            checkpoint.load(folder, self.model_chunks, None, flag=flag)
+            self._load_checkpoint(folder, self.model_chunks, flag=flag)
             return self.snapshot()
 
     def write_snapshot(self, snapshot: Snapshot, folder: Path) -> None:
@@ -392,7 +409,7 @@ class MegatronBackend:
     def export_hf(self, folder: Path) -> None:
         """In the dtype of the folder that training started from: an export is a drop-in for it."""
         self._settle()
-        exporter = convert.Exporter(self.settings.folder, self._models(), self.config, experts="each")
+        exporter = self.converter.weights(self._models(), experts="each")
         tensors = {
             name: tensor.to(self.hf_config.dtype or tensor.dtype, copy=True)
             for bucket in exporter.buckets(EXPORT_BUCKET_BYTES)

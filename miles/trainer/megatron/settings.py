@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,33 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from miles.config import OptimizerConfig, RunConfig
 from miles.config.layout import ParallelLayout
 from miles.rope import rope_frequencies
+from miles.trainer.checkpoints import is_hf, weights_folder
 from miles.trainer.megatron.inputs import Format
 from miles.trainer.megatron.model import Vocabulary
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the policy's first weights are: a Hugging Face folder or one checkpoint of Megatron's, and the flag that
+    says so.
+
+    Example: `Start(Path("Qwen3-4B"), "--hf-checkpoint")`
+    """
+
+    folder: Path
+    flag: str
+
+    @staticmethod
+    def of(config: RunConfig) -> Start:
+        """--hf-checkpoint; with --megatron-to-hf-mode bridge first --load, if it is a Hugging Face folder, and then
+        --ref-load, as published. CheckpointError where --ref-load names no weights."""
+        given = config.checkpoint
+        if config.train.megatron_to_hf_mode == "bridge":
+            if given.load is not None and is_hf(Path(given.load)):
+                return Start(Path(given.load), "--load")
+            if given.ref_load is not None:
+                return Start(weights_folder(given.ref_load, given.ref_ckpt_step, flag="--ref-load"), "--ref-load")
+        return Start(Path(str(config.rollout.hf_checkpoint)), "--hf-checkpoint")
 
 
 @dataclass(frozen=True)
@@ -39,6 +65,7 @@ class MegatronSettings:
     pad_to: int = 1  # S of a micro batch is a multiple of it, beside what sequence parallelism needs
     padded_vocab_size: int | None = None  # None: the next multiple of the tensor-parallel size
     bridge: bool = False
+    start: Start | None = None  # None: `folder`. A critic starts from that in any case
 
     @staticmethod
     def of(config: RunConfig) -> MegatronSettings:
@@ -55,6 +82,7 @@ class MegatronSettings:
             pad_to=config.rollout_buffer.data_pad_size_multiplier * config.layout.tensor,
             padded_vocab_size=train.padded_vocab_size,
             bridge=train.megatron_to_hf_mode == "bridge",
+            start=Start.of(config),
         )
 
     @property
@@ -68,6 +96,16 @@ class MegatronSettings:
         self, hf_config: Any, device: torch.device, kind: type[TransformerConfig] = TransformerConfig
     ) -> TransformerConfig:
         """Of the whole model, on this layout."""
+        values = self.transformer_values(device)
+        scale = rope_frequencies(hf_config, values["kv_channels"])[1]
+        if scale != 1.0:
+            values["softmax_scale"] = scale**2 * values["kv_channels"] ** -0.5
+        config = kind(**values)
+        config.finalize_model_grads_func = finalize_model_grads
+        return config
+
+    def transformer_values(self, device: torch.device) -> dict[str, Any]:
+        """Fields of TransformerConfig, for models with any rotary positions."""
         layout, on_cpu = self.layout, device.type == "cpu"
         values: dict[str, Any] = {
             "normalization": "RMSNorm",
@@ -104,12 +142,7 @@ class MegatronSettings:
             # Two stages that are each other's next and previous one: messages of a batch would be taken for others.
             values.setdefault("overlap_p2p_comm", True)
         values["batch_p2p_comm"] = not values.get("overlap_p2p_comm", False)
-        scale = rope_frequencies(hf_config, values["kv_channels"])[1]
-        if scale != 1.0:
-            values["softmax_scale"] = scale**2 * values["kv_channels"] ** -0.5
-        config = kind(**values)
-        config.finalize_model_grads_func = finalize_model_grads
-        return config
+        return values
 
     def ddp_config(self) -> DistributedDataParallelConfig:
         values: dict[str, Any] = {"use_distributed_optimizer": True, **self.gradients}
