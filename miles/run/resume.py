@@ -71,9 +71,7 @@ class Checkpoint:
     next_rollout_id: int
 
 
-def find(
-    load: str | None, save: str | None = None, *, backend: str = "fsdp", or_hf: bool = False
-) -> Checkpoint | None:
+def find(load: str | None, save: str | None = None, *, backend: str = "fsdp", or_hf: bool = False) -> Checkpoint | None:
     """The latest complete checkpoint under `--load`; None where the folder has none yet.
 
     None is no error for a folder that `--save` names as well: scripts name one for both, and the first run finds it

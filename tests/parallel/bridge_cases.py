@@ -1,14 +1,14 @@
-"""Trainings with `--megatron-to-hf-mode bridge` beside the same with raw: a table of cases, and the program of a rank.
+"""Trainings with `--megatron-to-hf-mode bridge` beside the same with raw: a table of cases, the program of a rank.
 
-`bridge_cases.py RANK SIZE FOLDER` trains every case of its size in both modes, with the library's miniature in the place
-of Megatron-Bridge; rank 0 leaves `<FOLDER>/<case> <mode>.pt`, and `<FOLDER>/<case> <mode>/` as exported.
+`bridge_cases.py RANK SIZE FOLDER` trains every case of its size in both modes, with the library's miniature in the
+place of Megatron-Bridge; rank 0 leaves `<FOLDER>/<case> <mode>.pt`, and `<FOLDER>/<case> <mode>/` as exported.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,21 @@ def run(case: Case, mode: str, folder: Path, ranks: Ranks, exported: Path) -> di
     }
 
 
+def from_checkpoint(folder: Path, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The first weights of a run whose --ref-load is a checkpoint of Megatron's."""
+    from megatron.core import parallel_state as mpu
+
+    case = CASES["from the reference"]
+    config, args = settings_of(case, "raw", folder)
+    backend: Any = Models(config, args, bind(args), ranks).actor
+    (folder / "saved").mkdir()
+    backend.write_snapshot(backend.snapshot(), folder / "saved")
+    mpu.destroy_model_parallel()
+    flags = [word.replace("{reference}", str(folder / "saved")) for word in case.flags]
+    config, args = settings_of(replace(case, flags=tuple(flags)), "bridge", folder)
+    return whole(Models(config, args, bind(args), ranks).actor)
+
+
 def refusals(folder: Path, ranks: Ranks) -> list[str]:
     """What users are told of folders of another model, and of a library that leaves out a tensor."""
     from bridge_library import AutoBridge
@@ -159,6 +174,8 @@ def main(rank: int, size: int, folder: Path, names: list[str]) -> None:
             mpu.destroy_model_parallel()
     if size == 1:
         torch.save(refusals(folder, ranks), folder / "refusals.pt")
+        mpu.destroy_model_parallel()
+        torch.save(from_checkpoint(folder, ranks), folder / "from a checkpoint.pt")
     ranks.leave()
 
 

@@ -2,9 +2,9 @@
 calls it, with the parameters that it has there, on Megatron's GPTModel and the tables of `convert`.
 
 What it shares with the library: a provider is a TransformerConfig whose `__post_init__` waits for `finalize`, with
-defaults of its own that a run must set; `load_hf_weights` fills a vocabulary that is longer than the folder's only where
-it is cut, and refuses a critic's head; `export_hf_weights` gives whole tensors one by one, experts each by itself, the
-padded vocabulary included, in an order of its own.
+defaults of its own that a run must set; `load_hf_weights` fills a vocabulary that is longer than the folder's only
+where it is cut, and refuses a critic's head; `export_hf_weights` gives every rank whole tensors one by one, each expert
+by itself, the padded vocabulary included, in an order of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from miles.config.architecture import flags_of_model
+from miles.errors import CheckpointError
 from miles.trainer.megatron import convert
 from miles.trainer.megatron.layers import Rotary, spec
 
@@ -95,7 +96,7 @@ SIZES = {
 
 
 class AutoBridge:
-    CALLS: list[str] = []
+    CALLS: ClassVar[list[str]] = []
 
     def __init__(self, hf_pretrained: Any) -> None:
         self.hf_pretrained = hf_pretrained
@@ -134,7 +135,10 @@ class AutoBridge:
                 raise ValueError(f"Shape mismatch for megatron param {name}")
         headless = not hasattr(model[-1], "output_layer")
         assert config.share_embeddings_and_output_weights == model[0].share_embeddings_and_output_weights
-        convert.load_hf(folder, model, config, own_head=headless)
+        try:
+            convert.load_hf(folder, model, config, own_head=headless)
+        except CheckpointError as error:
+            raise ValueError(f"Shape mismatch: {error}") from error
 
     def export_hf_weights(
         self,
@@ -169,5 +173,3 @@ def install() -> None:
     module.__spec__ = types.SimpleNamespace(name="megatron.bridge")  # type: ignore[assignment]
     sys.modules["megatron.bridge"] = module
     megatron.bridge = module
-
-

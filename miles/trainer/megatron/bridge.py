@@ -268,9 +268,10 @@ class Exported:
         exported = iter(self._bridge.export_hf_weights(self._models, cpu=False, show_progress=False))
         while True:
             with torch.no_grad():  # not around the yield: it would hold where the tensors are used
-                name, tensor = next(exported, (None, None))
-            if name is None:
+                pair = next(exported, None)
+            if pair is None:
                 return
+            name, tensor = pair
             if name not in self._names.skipped:
                 yield name, tensor.detach()[: self._names.rows.get(name, len(tensor))]
 

@@ -54,6 +54,14 @@ def test_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Megatron-Bridge is not installed. Use --megatron-to-hf-mode raw, or pip install megatron-bridge." in text
     monkeypatch.setattr(megatron, "has", lambda module: module.startswith("megatron."))
     assert dense(tmp_path, "--megatron-to-hf-mode", "bridge").train.megatron_to_hf_mode == "bridge"
+    plain = dense(tmp_path, "--megatron-to-hf-mode", "bridge")
+    # The library pads no further than the tensor-parallel size asks for, and without it not at all.
+    assert plain.train.padded_vocab_size == plain.megatron.vocab_size
+    text = refused(tmp_path, "--megatron-to-hf-mode", "bridge", "--padded-vocab-size", str(1 << 20))
+    assert "Leave out --padded-vocab-size and --make-vocab-size-divisible-by." in text
+    assert any("--ref-load elsewhere: training starts from these weights, too" in notice for notice in dense(
+        tmp_path, "--megatron-to-hf-mode", "bridge", "--use-kl-loss", "--ref-load", "elsewhere"
+    ).notices)  # fmt: skip
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------

@@ -81,6 +81,13 @@ def test_nothing_there_yet_is_no_error(tmp_path: Path) -> None:
     assert resume.find(str(tmp_path / "absent"), str(tmp_path / "absent")) is None
 
 
+def test_a_hugging_face_folder_is_a_start_only_where_a_bridge_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert resume.find(str(tmp_path), backend="megatron", or_hf=True) is None
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from"):
+        resume.find(str(tmp_path), backend="megatron")
+
+
 def test_a_folder_without_a_checkpoint_is_a_mistake_where_nothing_is_saved_to_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--load .*absent: .*there is no such folder.*leave out --load"):
         resume.find(str(tmp_path / "absent"), str(tmp_path / "other"))
