@@ -15,6 +15,8 @@ BENCHMARKS = (
     "hooks_door.py",
     "conversion.py",
     "packing.py",
+    "megatron_train.py",
+    "megatron_weights.py",
     "logprobs.py",
     "engine_decode.py",
     "quickstart.py",

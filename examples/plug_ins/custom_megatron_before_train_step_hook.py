@@ -1,6 +1,6 @@
 """Train the embeddings only from the tenth rollout on.
 
-    miles hooks \
+    miles train --config examples/quickstart/carry.yaml --train-backend megatron \
         --custom-megatron-before-train-step-hook-path examples/plug_ins/custom_megatron_before_train_step_hook.py:freeze
 
 It runs before each forward pass, when gradients are zeroed: parameters can be frozen, noise added, a schedule of

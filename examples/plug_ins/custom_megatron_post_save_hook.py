@@ -1,6 +1,6 @@
 """Keep the newest complete checkpoint's name in a file, for the job that copies it away.
 
-    miles hooks \
+    miles train --config examples/quickstart/carry.yaml --save runs/ckpt --save-interval 10 \
         --custom-megatron-post-save-hook-path examples/plug_ins/custom_megatron_post_save_hook.py:announce
 
 It runs when the last byte is written, so whoever waits for the file never sees half of a checkpoint.

@@ -42,10 +42,12 @@ def by_tokens(
     lengths: IntArray,
     max_tokens: int,
     *,
+    num_ranks: int = 1,
     at_least: int = 1,
     name_of: Callable[[int], str] = "row {}".format,
 ) -> list[IntArray]:
-    """Micro batches of at most `max_tokens` tokens (`--max-tokens-per-gpu` times the context-parallel size).
+    """Micro batches of at most `max_tokens` tokens (`--max-tokens-per-gpu`) on each of the `num_ranks` context-parallel
+    ranks that rows are divided among.
 
     Each holds rows of about equal length, consecutive ones once all are sorted: rows are padded to the longest of their
     micro batch inside attention, whose cost grows with the square of that. Among such cuts it is one with the fewest
@@ -53,10 +55,12 @@ def by_tokens(
     equally many), in which the fullest is as empty as can be. UsageError names a row that alone is longer than the
     budget, or says that there are fewer rows than `at_least`.
     """
-    for row in rows[lengths[rows] > max_tokens][:1].tolist():
+    budget = max_tokens * num_ranks
+    for row in rows[lengths[rows] > budget][:1].tolist():
+        shared = f" for each of the {num_ranks} ranks that share it (--context-parallel-size)" if num_ranks > 1 else ""
         raise UsageError(
             f"{name_of(row)} has {lengths[row]} tokens, more than one micro batch may hold: --max-tokens-per-gpu is "
-            f"{max_tokens}. Raise it, or keep samples shorter: lower --rollout-max-response-len, or cut the "
+            f"{max_tokens}{shared}. Raise it, or keep samples shorter: lower --rollout-max-response-len, or cut the "
             "conversations."
         )
     if len(rows) < at_least:
@@ -66,10 +70,10 @@ def by_tokens(
         )
     ordered = sorted_by_length(rows, lengths)
     ends = np.cumsum(lengths[ordered])
-    number = max(len(consecutive(ends, max_tokens)), at_least)
+    number = max(len(consecutive(ends, budget)), at_least)
     if len(ordered) == 0:
         return []
-    parts = consecutive(ends, least_capacity(ends, number, max_tokens))
+    parts = consecutive(ends, least_capacity(ends, number, budget))
     return [np.array(part, dtype=np.int64) for part in halved([ordered[part].tolist() for part in parts], number)]
 
 

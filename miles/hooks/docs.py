@@ -99,7 +99,8 @@ flag              path             form                                       de
 ```
 
 What such files import is kept at its published path, such as `miles.rollout.sglang_rollout`, `miles.rollout.rm_hub`,
-`miles.utils.types` and `miles.utils.http_utils`.
+`miles.utils.types` and `miles.utils.http_utils`. What plug-ins import of `megatron.training` is answered as well, where
+only megatron-core is installed ([a model of one's own](megatron.md#a-model-of-ones-own)).
 
 **Types.** `Sample`, `RolloutFnTrainInput` and the other carriers are in [miles/types.py](../miles/types.py), each with
 an example. `Group` is `list[Sample]`: the answers to one prompt.

@@ -64,7 +64,7 @@ CHAPTERS = (
         text=(
             "Two settings and no plug point: `--use-routing-replay` sends tokens to the same experts in the forward and"
             " the backward pass (arXiv:2507.18071), `--use-rollout-routing-replay` to the experts that the engine used"
-            " (arXiv:2510.11370). Both are refused until mixtures of experts are built."
+            " (arXiv:2510.11370). Both work with either backend, see [mixtures of experts](moe.md)."
         ),
     ),
     Chapter("Model provider", ("custom_model_provider",)),
@@ -258,8 +258,9 @@ ENTRIES = {
         ("settings of libraries", "patches that must be there before the model", "connections to other services"),
     ),
     "custom_megatron_before_log_prob_hook": Entry(
-        "Before each pass that only computes log-probabilities: of the old policy, of the reference, of a teacher.",
-        ("routing replay", "another mode of a layer for such passes"),
+        "Before each pass that only computes: log-probabilities of the old policy or of the reference, values of the "
+        "critic. The model is in evaluation mode and has the weights of the pass.",
+        ("recording what a pass does", "another mode of a layer for such passes"),
         {"store_prefix": '`"ref_"` when the reference computes, else empty'},
     ),
     "custom_megatron_before_train_step_hook": Entry(
@@ -285,8 +286,9 @@ ENTRIES = {
         {"app": "what the request goes to next", "router": "the router, with its engines"},
     ),
     "custom_model_provider": Entry(
-        "Builds the model in place of the one that config.json describes, with `--train-backend megatron`.",
-        ("other heads and layers", "frozen parts", "models that Megatron does not know"),
+        "Builds the model in place of the one that config.json describes, with `--train-backend megatron`: other code "
+        "for the same parameters. See [a model of one's own](megatron.md#a-model-of-ones-own).",
+        ("other layers, kernels, a forward pass of one's own", "frozen parts", "dtypes and hooks of single modules"),
         {
             "pre_process": "whether this chunk has the embeddings",
             "post_process": "whether this chunk has the output layer",

@@ -141,7 +141,7 @@ def _default_name(point: PlugPoint) -> str:
     skeleton = SKELETONS[point.name]
     if not skeleton.whole:
         return _short_name(point)
-    found = re.match(r"(?:class )?(\w+)", skeleton.body)
+    found = re.match(r"(?:class |def )?(\w+)", skeleton.body)
     assert found is not None
     return found.group(1)
 
@@ -233,9 +233,8 @@ def test_source(point: PlugPoint, target: Target) -> str:
         f"def bound() -> Hook:\n    hooks = bind(Namespace({point.dest}={given}))\n    return {bound}\n\n",
         "def test_it_is_accepted() -> None:\n" + textwrap.indent(f'assert bound().form == "{skeleton.form}"\n', "    "),
     ]
-    if checks:
-        fixture = "monkeypatch: pytest.MonkeyPatch" if patches else ""
-        gap = "\n" if checks.startswith(("def ", "async def ")) else ""
-        call = textwrap.indent(f"hook = bound()\n{gap}{checks}", "    ")
-        lines.append(f"\ndef test_it_does_its_work({fixture}) -> None:\n{call}")
+    fixture = "monkeypatch: pytest.MonkeyPatch" if patches else ""
+    gap = "\n" if checks.startswith(("def ", "async def ")) else ""
+    call = textwrap.indent(f"hook = bound()\n{gap}{checks}", "    ")
+    lines.append(f"\ndef test_it_does_its_work({fixture}) -> None:\n{call}")
     return "\n".join(lines)

@@ -190,13 +190,16 @@ class CustomMegatronInit(Protocol):
 
 @plug_point(
     flag="--custom-megatron-before-log-prob-hook-path",
-    when="Once per forward-only pass, on every rank, under torch.no_grad.",
+    when="Once per forward-only pass, on every rank, in evaluation mode and under torch.no_grad.",
     help="Plug-in: before every forward-only pass.",
     process="trainer",
     replay=_LIVE_MODEL,
 )
 class CustomMegatronBeforeLogProbHook(Protocol):
-    """`model` is the list of model chunks, with fsdp one; `store_prefix` is "ref_" in the reference pass, else ""."""
+    """`model` is the list of model chunks, with fsdp one; `store_prefix` is "ref_" in the reference pass, else "".
+
+    No pass, no call: with --use-rollout-logprobs the old policy computes nothing.
+    """
 
     def __call__(self, args: Namespace, model: list[torch.nn.Module], store_prefix: str) -> None: ...
 
@@ -256,6 +259,7 @@ class CustomMegatronPostSaveHook(Protocol):
     replay=_LIVE_MODEL,
 )
 class CustomModelProvider(Protocol):
-    """A module that behaves like Megatron-Core's GPTModel."""
+    """A module that behaves like Megatron-Core's GPTModel and has the parameters of --hf-checkpoint, under Megatron's
+    names. Its last stage gives logits `[1, T, V/tp]`; a critic's output layer is replaced."""
 
     def __call__(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> torch.nn.Module: ...

@@ -1,7 +1,7 @@
 """The bodies of the plug-ins that `miles new` writes; signatures, docstrings and flags come from the catalogue.
 
 `body` is indented source below the signature (for classes and values: the whole definition). `test` is the body of a
-test that calls the plug-in through `hook`, its bound form; empty where a call needs a model.
+test that calls the plug-in through `hook`, its bound form.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class Skeleton:
     form: str
     body: str
-    test: str = ""
+    test: str
     # Source above the definition, and whether the definition is `body` as a whole.
     constants: str = ""
     whole: bool = False
@@ -325,22 +325,36 @@ assert source.get_samples(1) == groups[:1]
     ),
     "custom_model_provider": Skeleton(
         "published",
-        """\
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.training import get_args
-from megatron.training.arguments import core_transformer_config_from_args
+        '''\
+def my_model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
+    """The model that the run would have without this, with embeddings that are not trained.
 
-args = get_args()
-return GPTModel(
-    config=core_transformer_config_from_args(args),
-    transformer_layer_spec=get_gpt_layer_local_spec(),
-    vocab_size=args.padded_vocab_size,
-    max_sequence_length=args.max_position_embeddings,
-    pre_process=pre_process,
-    post_process=post_process,
+    Called once per model chunk of each trainer process, by keyword. Returns a module that behaves like Megatron-Core's
+    GPTModel and has the parameters of --hf-checkpoint.
+    """
+    from megatron.training import get_args
+
+    from miles.backends.megatron_utils.model_provider import get_model_provider_func
+
+    model = get_model_provider_func(get_args())(pre_process, post_process, vp_stage)
+    if pre_process:
+        model.embedding.requires_grad_(False)
+    return model
+''',
+        """\
+import torch
+
+class Model(torch.nn.Module):
+    embedding = torch.nn.Embedding(2, 2)
+
+model = Model()
+monkeypatch.setattr("megatron.training.get_args", lambda: Namespace())
+monkeypatch.setattr(
+    "miles.backends.megatron_utils.model_provider.get_model_provider_func", lambda args: lambda *stage: model
 )
+assert hook(True, False) is model and not model.embedding.weight.requires_grad
 """,
+        whole=True,
         flags="--train-backend megatron",
     ),
     "miles_router_middleware": Skeleton(

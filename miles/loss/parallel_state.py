@@ -45,6 +45,11 @@ class ParallelState:
     dp_mesh: DeviceMesh | None = None
     vocab_size: int | None = None
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this process writes what those that hold the same samples would all write."""
+        return self.tp_rank == 0 and self.cp_rank == 0 and self.is_pp_last_stage
+
     @staticmethod
     def single_process() -> ParallelState:
         """One process that trains alone, with no process group."""

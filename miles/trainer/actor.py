@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import time
 from argparse import Namespace
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -151,7 +151,7 @@ class TrainActor:
         self.older = OlderPolicies(backend) if config.rollout.keep_old_actor else None
         self._notices: list[str] = []
         # Of this rank's passes in this rollout, by timer.
-        self._flops: Counter[str] = Counter()
+        self._flops: defaultdict[str, float] = defaultdict(float)
         # The one of the process, to which plug-ins add as well; read and reset once per rollout.
         self.timers = Timer()
         self.timers.reset()
@@ -303,7 +303,8 @@ class TrainActor:
         """Fill the column `log_probs` for `rows`; other rows stay NaN until their own forward pass."""
         records = self._tape is not None and not self._tape.from_engine
         if self.settings.use_rollout_logprobs and not self.settings.get_mismatch_metrics and not records:
-            rows = rows[:0]
+            shard.response_columns["log_probs"] = torch.full((len(shard.loss_masks),), math.nan)
+            return  # nobody reads them
         with self.timers.context("log_probs"), nullcontext() if self.older is None else self.older.in_use():
             self._pass(shard, "log_probs", rows, self._read_log_probs)
 
@@ -331,17 +332,20 @@ class TrainActor:
     ) -> None:
         """Fill the column `name` for `rows` by a pass without gradients. Other weights route tokens as they like:
         their passes are none that `replays`."""
-        before = self.hooks.custom_megatron_before_log_prob_hook
-        if before is not None:
-            before(self.args, self.backend.model_chunks, store_prefix)
+        hook = self.hooks.custom_megatron_before_log_prob_hook
+        before = None if hook is None else lambda: hook(self.args, self.backend.model_chunks, store_prefix)
         micros = self._micro_batches(shard, rows, replays=replays)
-        self._flops[name] += forward_flops(self.backend.hf_config, shard.total_lengths[rows])
+        self._flops[name] += self._forward_flops(shard.total_lengths[rows])
         record = self._tape.record if self._tape is not None and replays else None
-        for micro, values in zip(micros, self.backend.forward_only(micros, read, record)):
+        for micro, values in zip(micros, self.backend.forward_only(micros, read, record, before)):
             if name not in shard.response_columns:
                 shard.response_columns[name] = torch.full((len(shard.loss_masks),), math.nan, dtype=values.dtype)
             shard.response_columns[name][micro.response_places.cpu()] = values
         shard.response_columns.setdefault(name, torch.full((len(shard.loss_masks),), math.nan))
+
+    def _forward_flops(self, lengths: IntArray) -> float:
+        """This rank's share of a pass over rows of these lengths."""
+        return forward_flops(self.backend.hf_config, lengths) / self.config.layout.model_size
 
     def _read_log_probs(self, micro: PackedBatch, output: ModelOutput) -> Tensor:
         return self._current(micro, output, with_entropy=False).log_probs.float()
@@ -362,8 +366,10 @@ class TrainActor:
             return []
         if data.use_dynamic_batch_size:
             assert data.max_tokens_per_gpu is not None
-            budget = data.max_tokens_per_gpu * self.backend.parallel.cp_size
-            parts = by_tokens(rows, shard.total_lengths, budget, name_of=shard.name_of)
+            ranks = self.backend.parallel.cp_size
+            parts = by_tokens(
+                rows, shard.total_lengths, data.max_tokens_per_gpu, num_ranks=ranks, name_of=shard.name_of
+            )
         else:
             parts = by_count(rows, shard.total_lengths, data.micro_batch_size)
         # Custom losses get logits of every row in full: the published layout.
@@ -400,7 +406,7 @@ class TrainActor:
         num_samples = global_batch_size - dropped
         scale = loss_scale(self.settings, num_samples, num_tokens, dp_size=self.backend.parallel.dp_cp_size)
 
-        self._flops["actor_train"] += TRAINING * forward_flops(self.backend.hf_config, shard.total_lengths[run])
+        self._flops["actor_train"] += TRAINING * self._forward_flops(shard.total_lengths[run])
         self.backend.zero_grad()
         before = self.hooks.custom_megatron_before_train_step_hook
         if before is not None:
@@ -415,7 +421,7 @@ class TrainActor:
         micros = self._micro_batches(shard, run)
         results = self.backend.forward_backward(micros, lambda micro, output: self._loss(shard, micro, output, scale))
         own_loss = sum(float(result.loss) for result in results)
-        finite = math.isfinite(float(self.backend.sum_over_ranks(torch.tensor([own_loss], dtype=torch.float64))))
+        finite = not self.backend.on_any_rank(not math.isfinite(own_loss))
         outcome = self.backend.optimizer_step() if finite else self.backend.skip_step()
         if outcome.skipped:
             failed = [micro for micro, result in zip(micros, results) if not math.isfinite(float(result.loss))]
@@ -448,7 +454,8 @@ class TrainActor:
         rank = self.backend.parallel.dp_rank
         name = f"{self.prefix}step_{rollout_id}_{step_id}_rank{rank}.pt"
         file = Path(str(self.config.run.run_dir)) / "failures" / name
-        keep_step(file, rollout_id, rank, shard.select(rows))
+        if self.backend.parallel.speaks:
+            keep_step(file, rollout_id, rank, shard.select(rows))
         ranks = self.backend.gather_over_ranks({shard.name_of(row): 1.0 for row in bad})
         names = [name for of_rank in ranks for name in of_rank]
         whose = f" for a micro-batch with {listed(names)}" if names else ""
@@ -597,7 +604,7 @@ class TrainActor:
         """Weight updates and saves count for the rollout that they precede."""
         seconds, flops = self.timers.log_dict(), self._flops
         self.timers.reset()
-        self._flops = Counter()
+        self._flops = defaultdict(float)
         ranks = self.backend.gather_over_ranks({**column_sums(shard), TOKENS: float(shard.total_lengths.sum())})
         tokens = sum(values[TOKENS] for values in ranks)
         metrics = {f"rollout/{name}": value for name, value in means_of(ranks).items()}
@@ -611,6 +618,8 @@ class TrainActor:
 
     def _dump(self, template: str, rollout_id: int, shard: TrainBatch) -> None:
         rank = self.backend.parallel.dp_rank
+        if not self.backend.parallel.speaks:
+            return
         data = {"rollout_id": rollout_id, "rank": rank, "rollout_data": dict(shard.as_dict(tensors=True))}
         debug_data.write_torch(
             Path(template.format(rollout_id=rollout_id, rank=rank)), data, flag="--save-debug-train-data"

@@ -154,16 +154,20 @@ class Backend(Protocol):
         micro_batches: Sequence[PackedBatch],
         read: Callable[[PackedBatch, ModelOutput], Tensor],
         record: Record | None = None,
+        before: Callable[[], None] | None = None,
     ) -> list[Tensor]:
         """`read` of every micro batch in evaluation mode, without gradients, in main memory; `record` is told the
-        experts that each took. Ranks may have unequal numbers of micro batches, or none; all of them must call this,
-        and `forward_backward`, equally often."""
+        experts that each took. `before` is called first, once, in that mode. Ranks may have unequal numbers of micro
+        batches, or none; all of them must call this, and `forward_backward`, equally often."""
 
     def forward_backward(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn) -> list[MicroLoss]:
         """Accumulate the gradients of all micro batches; what `loss_fn` gave for each, detached, in the same order."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Summed over data-parallel ranks, for metrics and token counts."""
+
+    def on_any_rank(self, happened: bool) -> bool:
+        """Whether it happened on one of all ranks: what they go on to do together depends on it."""
 
     def gather_over_ranks(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
         """Named numbers of every data-parallel rank, in their order; names may differ between ranks."""

@@ -75,10 +75,16 @@ T = TypeVar("T")
 
 # After the first failure, how long the others may take to tell theirs: a rank that lost its neighbour fails, too.
 GRACE_S = 1.0
+# The same where the failure has a cause of its own. Another rank's death is known at once, and may be behind it.
+MOMENT_S = 0.1
 # How long ranks may take to end by themselves once there is nothing left to do.
 FAREWELL_S = 5.0
 # Lines of a dead rank's output that its epitaph repeats.
 LAST_LINES = 12
+
+
+class Death(TrainerError):
+    """A process has ended without saying why."""
 
 
 class Process:
@@ -118,7 +124,7 @@ class Process:
                 if self.rank == 0:
                     sys.stderr.write(text)
 
-    def epitaph(self) -> TrainerError:
+    def epitaph(self) -> Death:
         """How the process ended, and what it said last."""
         try:
             status = self._process.wait(GRACE_S)
@@ -130,7 +136,7 @@ class Process:
                 how += ", by somebody or by the system for want of memory"
         self._reader.join(GRACE_S)
         said = "\n  ".join(self._last)
-        return TrainerError(f"{self.name} {how}. " + (f"Its last output:\n  {said}" if said else "It printed nothing."))
+        return Death(f"{self.name} {how}. " + (f"Its last output:\n  {said}" if said else "It printed nothing."))
 
     def ended_within(self, seconds: float) -> bool:
         try:
@@ -339,15 +345,17 @@ class RankGroup:
         return failures
 
     def _fail(self, failures: dict[int, MilesError]) -> None:
-        """End all ranks and raise the likeliest cause: what miles says on purpose before what is only a consequence."""
-        deadline = time.monotonic() + GRACE_S
-        while (left := deadline - time.monotonic()) > 0:
+        """End all ranks and raise the likeliest cause (`_likelihood`)."""
+        begin = time.monotonic()
+        while True:
             waiting = [p for p in self.processes if p.rank not in failures]
-            if not waiting or not all(_is_consequence(e) for e in failures.values()):
+            grace = GRACE_S if all(_is_consequence(e) for e in failures.values()) else MOMENT_S
+            left = begin + grace - time.monotonic()
+            if not waiting or left <= 0 or any(isinstance(e, Death) for e in failures.values()):
                 break
             failures |= self._receive(waiting, {}, left)
         self.close(at_once=True)
-        raise min(failures.items(), key=lambda entry: (_is_consequence(entry[1]), entry[0]))[1]
+        raise min(failures.items(), key=lambda entry: (_likelihood(entry[1]), entry[0]))[1]
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
@@ -376,6 +384,12 @@ class RankGroup:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close(at_once=error is not None)
+
+
+def _likelihood(error: MilesError) -> int:
+    """Causes of a failure in order: a process that is gone, what miles says on purpose, what may be a consequence. A
+    plug-in that waits for a process that is gone fails, too, and would get a card for it."""
+    return 0 if isinstance(error, Death) else 2 if _is_consequence(error) else 1
 
 
 def _is_consequence(error: MilesError) -> bool:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from miles.config import OptimizerConfig, RunConfig
 from miles.hooks import Hooks
+from miles.hooks.values import BadReturn
 from miles.observe.tracking import Tracker
 from miles.trainer.actor import TrainActor
 from miles.trainer.backend import Backend
@@ -27,7 +28,7 @@ class Models:
 
     def __init__(self, config: RunConfig, args: Namespace, hooks: Hooks, ranks: Ranks | None = None) -> None:
         self.config = config
-        make = MAKERS[config.train.train_backend](config, hooks, ranks)
+        make = MAKERS[config.train.train_backend](config, args, hooks, ranks)
         if hooks.custom_megatron_init is not None:
             hooks.custom_megatron_init(args)
         self.actor = make("actor", config.optimizer)
@@ -61,7 +62,7 @@ Role = Literal["actor", "critic"]
 Make = Callable[[Role, OptimizerConfig], Backend]
 
 
-def fsdp(config: RunConfig, hooks: Hooks, ranks: Ranks | None) -> Make:
+def fsdp(config: RunConfig, args: Namespace, hooks: Hooks, ranks: Ranks | None) -> Make:
     from miles.trainer.fsdp.backend import FsdpBackend
 
     folder = str(config.rollout.hf_checkpoint)
@@ -70,8 +71,9 @@ def fsdp(config: RunConfig, hooks: Hooks, ranks: Ranks | None) -> Make:
     )
 
 
-def megatron(config: RunConfig, hooks: Hooks, ranks: Ranks | None) -> Make:
+def megatron(config: RunConfig, args: Namespace, hooks: Hooks, ranks: Ranks | None) -> Make:
     """Megatron's process groups are made before plug-ins are called."""
+    from miles.trainer.megatron import provided
     from miles.trainer.megatron.backend import MegatronBackend
     from miles.trainer.megatron.ranks import make_groups
     from miles.trainer.megatron.settings import MegatronSettings
@@ -79,10 +81,18 @@ def megatron(config: RunConfig, hooks: Hooks, ranks: Ranks | None) -> Make:
     assert ranks is not None, "Megatron needs a process group"
     seed, minutes = config.run.seed, config.cluster.distributed_timeout_minutes
     settings, own = MegatronSettings.of(config), make_groups(ranks, config.layout, seed=seed, timeout_minutes=minutes)
-    return lambda role, optimizer: MegatronBackend(
-        settings, optimizer, own, role=role, seed=seed, provider=hooks.custom_model_provider
-    )
+    provided.announce(config, args)
+
+    def make(role: Role, optimizer: OptimizerConfig) -> Backend:
+        hook = hooks.custom_model_provider
+        try:
+            return MegatronBackend(settings, optimizer, own, role=role, seed=seed, provider=hook)
+        except provided.ProviderError as error:
+            assert hook is not None
+            hook.reject(BadReturn("type", str(error)))
+
+    return make
 
 
-MAKERS: dict[str, Callable[[RunConfig, Hooks, Ranks | None], Make]] = {"fsdp": fsdp, "megatron": megatron}
+MAKERS: dict[str, Callable[[RunConfig, Namespace, Hooks, Ranks | None], Make]] = {"fsdp": fsdp, "megatron": megatron}
 """By `--train-backend`."""

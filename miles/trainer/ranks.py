@@ -84,8 +84,8 @@ class Ranks:
     # ---- what they agree on; every rank must call these in the same order ----------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:
-        """The element-wise sum over ranks with samples of their own, the same bits on all of them; `values` stay as they
-        are."""
+        """The element-wise sum over ranks that have samples of their own, the same bits on all of them. `values` stay
+        as they are."""
         if self.mesh is None:
             return values
         total = values.detach().clone()
@@ -98,6 +98,10 @@ class Ranks:
         both = torch.tensor(value)
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         return int(both)
+
+    def any(self, happened: bool) -> bool:
+        """Whether it happened on one of all ranks, those that hold the same samples included."""
+        return bool(self.largest(int(happened)))
 
     def gather(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
         """The named numbers of every rank that speaks, in the order of ranks. They travel as JSON, which keeps every

@@ -2,7 +2,7 @@
 
 Both are snapshots that the one model of a process is pointed at for a pass, not models of their own. A second model
 would hold the same number of weights and its own buffers beside them; the snapshot goes through the very same modules,
-so that the KL of a policy to itself is 0 and not rounding; and an engine that reads the trainer's tensors in place
+so that the KL of a policy to itself is no more than rounding; and an engine that reads the trainer's tensors in place
 keeps reading them, because no tensor is written.
 """
 

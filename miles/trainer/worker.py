@@ -108,7 +108,8 @@ class Worker:
 
     def __init__(self, setup: Setup, pipe: Pipe, stack: ExitStack) -> None:
         self.setup, self.config, self.pipe, self._stack = setup, setup.config, pipe, stack
-        seed = self.config.run.seed + setup.rank
+        # Ranks that hold the same samples draw the same numbers: plug-ins run on each of them.
+        seed = self.config.run.seed + self.config.layout.dp_rank(setup.rank)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -156,9 +157,11 @@ class Worker:
     def train(
         self, rollout_id: int, shard: TrainBatch, global_batch_size: int
     ) -> tuple[TrainReport, dict[str, Counts]]:
-        self.hooks.begin_rollout()
+        """The report, and the calls of plug-ins since the one before: those that made the model are the first's."""
         report = self.actor.train(rollout_id, shard, global_batch_size)
-        return report, {hook.point.name: hook.stats.rollout for hook in self.hooks}
+        counts = {hook.point.name: hook.stats.rollout for hook in self.hooks}
+        self.hooks.begin_rollout()
+        return report, counts
 
     def save(self, to: Save) -> None:
         with timer("save_model"):

@@ -1,6 +1,6 @@
 """examples/plug_ins: every file binds as its catalogue entry says, and those that a run calls really act in one.
 
-Three runs of two rollouts with as many of them as fit together; each test looks at what one plug-in left behind.
+Four runs of two rollouts with as many of them as fit together; each test looks at what one plug-in left behind.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import httpx
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from miles.__main__ import main
 from miles.config.sections import FLAGS
@@ -55,6 +56,13 @@ WHOLE = (
     "custom_loss_function",
     "eval_function",
     "custom_eval_rollout_log_function",
+)
+MEGATRON = (
+    "custom_megatron_init",
+    "custom_megatron_before_log_prob_hook",
+    "custom_megatron_before_train_step_hook",
+    "custom_megatron_post_save_hook",
+    "custom_model_provider",
 )
 CONVERSATION = ("generate_tool_specs", "generate_execute_tool_function")
 
@@ -113,6 +121,14 @@ def whole_run(train: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tool_run(train: Run) -> Path:
     return train(*TOOLS, *flags_of(*CONVERSATION), "--eval-interval", "100", "--skip-eval-before-train")
+
+
+@pytest.fixture(scope="module")
+def megatron_run(train: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("megatron.core")
+    save = ("--save", str(tmp_path_factory.mktemp("checkpoints")), "--save-interval", "1")
+    more = ("--train-backend", "megatron", "--eval-interval", "100", "--skip-eval-before-train")
+    return train(*CARRY, *flags_of(*MEGATRON), *save, *more)
 
 
 def values(run: Path, key: str) -> list[float]:
@@ -192,7 +208,7 @@ def test_its_command_is_accepted(name: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_every_one_that_is_called_takes_part_in_a_run() -> None:
     called = {name for name in CATALOG if command_of(name)[1] == "train"}
-    assert sorted(POLICY + WHOLE + CONVERSATION) == sorted(called)
+    assert sorted(POLICY + WHOLE + MEGATRON + CONVERSATION) == sorted(called)
 
 
 # ---- a run with the policy loss ------------------------------------------------------------------------------------
@@ -432,6 +448,28 @@ def test_nothing_but_arithmetic(code: Any, answer: str) -> None:
     assert asyncio.run(run.call_async("python", {"code": code})).startswith(answer)
 
 
+# ---- a run with Megatron -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MEGATRON)
+def test_the_megatron_run_called(name: str, megatron_run: Path) -> None:
+    check_calls(megatron_run, name)
+
+
+def test_what_is_frozen_stays_and_the_rest_learns(megatron_run: Path) -> None:
+    before = load_file(ROOT / "examples" / "quickstart" / "base" / "model.safetensors")
+    after = load_file(megatron_run / "model" / "model.safetensors")
+    same = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
+    frozen = ("model.embed_tokens.", "model.layers.0.", "model.layers.1.")
+    assert {name for name in after if name.startswith(frozen)} <= same
+    assert {name.split(".")[2] for name in after if name not in same and "layers" in name} == {"2"}
+
+
+def test_ranks_say_who_computes(megatron_run: Path) -> None:
+    printed = (megatron_run / "ranks" / "rank_0.log").read_text()
+    assert printed.count("rank 0: the actor computes with ") == 2
+
+
 # ---- without a caller yet ------------------------------------------------------------------------------------------
 
 
@@ -471,9 +509,8 @@ def test_the_megatron_hooks_do_what_they_say(tmp_path: Path, caplog: pytest.LogC
     step(Namespace(), 10, 0, [model], None, None)
     assert all(p.requires_grad for p in model.parameters())
 
-    with caplog.at_level("INFO"):
-        hook_of("custom_megatron_before_log_prob_hook")(Namespace(), [model], "ref_")
-    assert "reference computes log-probs with 10 parameters" in caplog.text
+    hook_of("custom_megatron_before_log_prob_hook")(Namespace(rank=3), [model], "ref_")
+    assert "rank 3: the reference computes with 10 parameters" in caplog.text
 
     before = torch.get_float32_matmul_precision()
     try:

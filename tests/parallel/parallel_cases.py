@@ -140,13 +140,14 @@ class Lines:
     def close(self) -> None: ...
 
 
-def make_model(folder: Path, *, tied: bool, seed: int = 0) -> str:
-    path = folder / f"{'tied' if tied else 'untied'} {seed}"
+def make_model(folder: Path, *, tied: bool, seed: int = 0, layers: int = 2) -> str:
+    path = folder / f"{'tied' if tied else 'untied'} {seed}{'' if layers == 2 else f' of {layers} layers'}"
     if not path.exists():
         torch.manual_seed(seed)
         config = Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=8, intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=tied, eos_token_id=1,
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=128,
+            tie_word_embeddings=tied, eos_token_id=1,
         )  # fmt: skip
         Qwen3ForCausalLM(config).save_pretrained(path)
     return str(path)

@@ -44,7 +44,7 @@ def fsdp(model: str, flags: tuple[str, ...], traces: Path) -> Trace:
 def test_every_layout_trains_alike(name: str, traces: Path) -> None:
     case = CASES[name]
     got, want = trace_of(name, traces), fsdp(case.model, case.flags, traces)
-    assert len(want.steps) == STEPS * (2 if PPO == case.flags else 1)  # with those of the critic
+    assert len(want.steps) == STEPS * (2 if case.flags == PPO else 1)  # with those of the critic
     for ours, theirs in zip(got.steps, want.steps, strict=True):
         assert ours == pytest.approx(theirs, rel=10 * case.bound, abs=case.bound)
     assert got.rollout == pytest.approx(want.rollout, rel=10 * case.bound, abs=case.bound)

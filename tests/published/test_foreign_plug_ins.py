@@ -16,11 +16,17 @@ import pytest
 from published_runs import BASE, ROOT, logged, train
 
 from miles.__main__ import main
+from miles.config import parse
+from miles.errors import UsageError
 from miles.hooks import bind
 from miles.hooks.foreign import adapter_of
 from miles.observe.record import read_rollouts
 from miles.types import Sample
 
+PARSED = (
+    "--prompt-data", "x.jsonl", "--rm-type", "math", "--rollout-batch-size", "4", "--num-rollout", "1",
+    "--num-steps-per-rollout", "1", "--train-backend", "megatron",
+)  # fmt: skip
 ARGS = {"reward_key": None, "label_key": None}
 
 
@@ -160,6 +166,58 @@ def test_an_installed_slime_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert importlib.import_module("slime").mine
     assert adapter_of(importlib.import_module("trl_rewards").format_reward) is None
     monkeypatch.delitem(sys.modules, "slime")
+
+
+# ---- Megatron-LM ---------------------------------------------------------------------------------------------------
+
+PROVIDER = ("--custom-model-provider-path", "megatron_provider.model_provider")
+
+
+def test_a_provider_that_imports_megatron_training_in_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("megatron.core")
+    flags = ("--rm-type", "random", "--num-rollout", "1", "--train-backend", "megatron")
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    own = train(tmp_path / "with", *flags, *PROVIDER)
+    assert "building GPT model ..." in (own / "ranks" / "rank_0.log").read_text()
+    built_in = train(tmp_path / "without", *flags)
+    for key in ("train/loss", "train/entropy_loss", "train/grad_norm"):
+        assert logged(own, key) == pytest.approx(logged(built_in, key), rel=1e-4, abs=1e-6)
+    capsys.readouterr()
+    assert main(["hooks", *PROVIDER]) == 0
+    assert " published (imports of megatron.training answered by miles)" in capsys.readouterr().out
+
+
+def test_arguments_are_those_of_a_trainer() -> None:
+    pytest.importorskip("megatron.core")
+    from miles.trainer.megatron.provided import get_args
+
+    with pytest.raises(UsageError, match="this process trains no Megatron model"):
+        get_args()
+
+
+def test_an_installed_megatron_lm_wins_and_is_told_the_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("megatron.core")
+    from miles.trainer.megatron import provided
+
+    package = tmp_path / "site" / "megatron" / "training"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("mine = True\n")
+    (package / "global_vars.py").write_text("GIVEN = []\nset_args = GIVEN.append\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    for name in [name for name in sys.modules if name.startswith("megatron.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(sys.modules["megatron"], "training", raising=False)
+    importlib.invalidate_caches()
+    assert importlib.import_module("megatron.training").mine
+    monkeypatch.setattr(provided, "_run", None)
+    config, args = parse(["--hf-checkpoint", str(ROOT / "examples/quickstart/base"), *PARSED])
+    provided.announce(config, args)
+    assert [args] == importlib.import_module("megatron.training.global_vars").GIVEN and provided.get_args() is args
+    for name in [name for name in sys.modules if name.startswith("megatron.training")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 # ---- what the user is told -----------------------------------------------------------------------------------------

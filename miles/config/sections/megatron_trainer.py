@@ -84,7 +84,7 @@ class MegatronParallel(Section):
         True,
         "Do not overlap sends between stages with computation.",
         option="--no-overlap-p2p-communication",
-        status=no_meaning_here("sends between stages overlap with computation where stages are virtual, and only there."),
+        status=no_meaning_here("sends between stages overlap where stages are virtual, and only there."),
     )
     use_cpu_initialization: bool = megatron_flag(
         False, "Make the weights in main memory first; always so without a GPU.", sets=TRANSFORMER

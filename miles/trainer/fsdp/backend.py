@@ -125,11 +125,14 @@ class FsdpBackend:
         micro_batches: Sequence[PackedBatch],
         read: Callable[[PackedBatch, ModelOutput], Tensor],
         record: Record | None = None,
+        before: Callable[[], None] | None = None,
     ) -> list[Tensor]:
         missing = self._missing(micro_batches)
         self.model.eval()
         try:
             with torch.no_grad():
+                if before is not None:
+                    before()
                 results = [self._read(micro, read, record).cpu() for micro in micro_batches]
                 for _ in range(missing):
                     self._forward(self._idle)
@@ -164,6 +167,9 @@ class FsdpBackend:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.ranks.sum(values)
+
+    def on_any_rank(self, happened: bool) -> bool:
+        return self.ranks.any(happened)
 
     def gather_over_ranks(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
         return self.ranks.gather(values)

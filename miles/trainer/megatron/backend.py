@@ -42,8 +42,9 @@ from miles.trainer.checkpoints import is_fsdps, refuse_other
 from miles.trainer.hf_folder import EXPORT_BUCKET_BYTES, write_hf
 from miles.trainer.megatron import checkpoint, convert
 from miles.trainer.megatron.inputs import Inputs, arrange
-from miles.trainer.megatron.model import GPT, Provider, Role, Vocabulary, chunks, own_provider, unwrapped, wrapped
+from miles.trainer.megatron.model import GPT, Provider, Role, chunks, own_provider, unwrapped, wrapped
 from miles.trainer.megatron.output import HiddenOutput, LogitsOutput
+from miles.trainer.megatron.provided import adopt
 from miles.trainer.megatron.ranks import from_last_stage, parallel_state, told_by_last_stage
 from miles.trainer.megatron.routing import Routers
 from miles.trainer.megatron.settings import MegatronSettings
@@ -63,7 +64,8 @@ class Work:
 
 
 class MegatronBackend:
-    """Implements `miles.trainer.backend.Backend`. `provider` is `--custom-model-provider-path`."""
+    """Implements `miles.trainer.backend.Backend`. `provider` is `--custom-model-provider-path`; ProviderError where it
+    returns what cannot be trained."""
 
     def __init__(
         self,
@@ -80,11 +82,7 @@ class MegatronBackend:
         self.device = own_device()
         self.hf_config = AutoConfig.from_pretrained(settings.folder)
         self.config = settings.transformer_config(self.hf_config, self.device)
-        vocabulary = Vocabulary.of(
-            self.hf_config.vocab_size,
-            tensor=settings.layout.tensor,
-            padded=settings.padded_vocab_size,
-        )
+        vocabulary = settings.vocabulary(self.hf_config)
         self.parallel = parallel_state(vocabulary.size)
         made = chunks(
             self.config,
@@ -93,14 +91,17 @@ class MegatronBackend:
             seed=seed,
             device=self.device,
         )
-        self._is_ours = all(isinstance(model, GPT) for model in made)
+        # A model of the user's own may do anything between its last state and its logits.
+        self._gives_hidden = provider is None
+        if provider is not None:
+            self.config = adopt(made, self.config, settings.folder, ranks, own_head=role == "critic")
         for model in made:
             if isinstance(model, GPT):
-                model.gives_hidden = True
+                model.gives_hidden = self._gives_hidden
         convert.load_hf(settings.folder, made, self.config, own_head=role == "critic")
         ddp = settings.ddp_config()
         self.model_chunks: list[Any] = wrapped(made, self.config, ddp, role)
-        self.shares_prompts = self._is_ours and settings.qkv_format == "thd" and settings.layout.context == 1
+        self.shares_prompts = self._gives_hidden and settings.qkv_format == "thd" and settings.layout.context == 1
         self.routing = self._routing_shape()
         self._routers = [self._routers_of(chunk) for chunk in self.model_chunks]
         self.has_dropout = self.config.hidden_dropout > 0 or self.config.attention_dropout > 0
@@ -159,6 +160,7 @@ class MegatronBackend:
         micro_batches: Sequence[PackedBatch],
         read: Callable[[PackedBatch, ModelOutput], Tensor],
         record: Record | None = None,
+        before: Callable[[], None] | None = None,
     ) -> list[Tensor]:
         for chunk in self.model_chunks:
             chunk.eval()
@@ -171,6 +173,8 @@ class MegatronBackend:
 
         try:
             with torch.no_grad():
+                if before is not None:
+                    before()
                 self._run(micro_batches, on_last, record, training=False)
         finally:
             for chunk in self.model_chunks:
@@ -250,12 +254,11 @@ class MegatronBackend:
         return arrange(micro, layout=self.settings.qkv_format, multiple_of=multiple, context=context)
 
     def _forward(self, chunk: Any, work: Work, record: Record | None, *, training: bool) -> Tensor:
-        inputs, model = work.inputs, unwrapped(chunk)
+        inputs = work.inputs
         routers = self._routers[self.model_chunks.index(chunk)]
         if routers is not None:
             routers.follow(work.micro.routed_experts, inputs.places)
-        if self._is_ours:
-            model.rotary_pos_emb.positions = inputs.positions
+        if self._gives_hidden:
             options = {"fp32_output": False} if self.settings.bf16 else {}
             raw = chunk(inputs.tokens, None, None, packed_seq_params=inputs.packed, **options)
         else:
@@ -276,7 +279,7 @@ class MegatronBackend:
         return raw  # type: ignore[no-any-return]
 
     def _output(self, chunk: Any, raw: Tensor, inputs: Inputs) -> ModelOutput:
-        if not self._is_ours:
+        if not self._gives_hidden:
             return LogitsOutput(raw, raw, inputs=inputs, parallel=self.parallel)
         model = unwrapped(chunk)
         if model.share_embeddings_and_output_weights:
@@ -296,6 +299,9 @@ class MegatronBackend:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.ranks.sum(values)
+
+    def on_any_rank(self, happened: bool) -> bool:
+        return self.ranks.any(happened)
 
     def gather_over_ranks(self, values: Mapping[str, float]) -> list[Mapping[str, float]]:
         return self.ranks.gather(values)

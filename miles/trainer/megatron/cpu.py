@@ -9,9 +9,8 @@ One gap has to do with TransformerEngine and not with the device (`GAPS`), and i
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +78,6 @@ def _cuda_names(original: Any) -> Any:
     return type_
 
 
-@contextlib.contextmanager
-def _no_stream() -> Iterator[None]:
-    yield
-
-
 class Event:
     """Has happened already."""
 
@@ -126,13 +120,6 @@ def _rng_state(_: Any) -> Any:
     return get_rng_state
 
 
-def _set_rng_state(_: Any) -> Any:
-    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
-
-    return set_rng_state
-
-
 def _seed(_: Any) -> Any:
     def manual_seed(seed: int) -> None:
         torch.manual_seed(seed)
@@ -144,18 +131,12 @@ PATCHES: tuple[Patch, ...] = (
     Patch(torch.cuda, "current_device", _returns(lambda: CPU)),
     Patch(torch.cuda, "synchronize", _returns(lambda: None)),
     Patch(torch.cuda, "current_stream", _returns(Stream)),
-    Patch(torch.cuda, "default_stream", _returns(Stream)),
-    Patch(torch.cuda, "stream", _returns(_no_stream)),
     Patch(torch.cuda, "Stream", lambda _: Stream),
-    Patch(torch.cuda, "Event", lambda _: Event),
     Patch(torch.cuda, "get_rng_state", _rng_state),
     Patch(torch.cuda.random, "get_rng_state", _rng_state),
-    Patch(torch.cuda, "set_rng_state", _set_rng_state),
     Patch(torch.cuda, "manual_seed", _seed),
-    Patch(torch.cuda, "default_generators", lambda _: (torch.default_generator,)),
     Patch(torch, "tensor", _on_cpu),
     Patch(torch, "zeros", _on_cpu),
-    Patch(torch, "empty", _on_cpu),
     Patch(torch.Tensor, "cuda", _stays),
     Patch(torch.Tensor, "type", _cuda_names),
 )
@@ -170,8 +151,18 @@ def _lists(original: Any) -> Any:
     return maybe_move_tensor_to_cpu
 
 
+def _set_state(_: Any) -> Any:
+    """Megatron would put the state off until CUDA has been initialized, and keep it for that."""
+
+    def _set_cuda_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    return _set_cuda_rng_state
+
+
 IN_MEGATRON: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu", _lists),
+    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", _set_state),
 )
 """The same for functions of Megatron's: module, name, what to make of it."""
 

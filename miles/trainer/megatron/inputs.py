@@ -2,16 +2,18 @@
 
     packed (thd)   the rows one after another as [1, S]; S is padded to what sequence parallelism can cut
     padded (bshd)  one row each, [B, S], padded at the end to the longest
-    zigzag         packed under context parallelism: each row is padded to 2 * cp chunks of equal length, of which rank r
-                   holds the chunks r and 2 * cp - 1 - r, so that causal attention costs every rank the same
+    zigzag         packed under context parallelism: each row is padded to 2 * cp chunks of equal length, of which
+                   rank r holds the chunks r and 2 * cp - 1 - r, so that causal attention costs every rank the same
 
-Models made here read `Packed`; a model provider's own model gets the published `PackedSeqParams` of the layout thd.
+A model sees the rows through `packed_seq_params`, always a `Packed`: ours as one sequence with positions of its own, so
+that rows can share a prompt; a model provider's as the published `PackedSeqParams` of the layout thd.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +24,36 @@ from torch.distributed import ProcessGroup
 
 from miles.batch.pack import PackedBatch
 from miles.loss.context_parallel import ContextShare, share_of
-from miles.trainer.packed_attention import Packing, lay_out, take_out
+from miles.trainer.packed_attention import Packing, attend, lay_out, take_out
 
 Format = Literal["thd", "bshd"]
 
 
 @dataclass
 class Packed(PackedSeqParams):
-    """What `layers.PackedAttention` reads of the rows. Megatron's own code sees a layout that it does not know, and so
-    takes the packed tokens for one sequence, which is what they are to every layer but attention."""
+    """What `layers.PackedAttention` reads of the rows, beside what Megatron's own code reads.
+
+    With `qkv_format="packed"` Megatron sees a layout that it does not know, and so takes the packed tokens for one
+    sequence, which is what they are to every layer but attention; `positions` are then those of the rotary angles.
+    With "thd" it sees rows.
+    """
 
     packing: Packing | None = None
     context: ContextRows | None = None
+    positions: Tensor | None = None  # int64 [S of this rank]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None, dropout: float) -> Tensor:
+        """q [S, H, d], k and v [S, H_kv, d] of this rank's tokens -> [S, H * d]."""
+        if self.context is not None:
+            return self.context.attend(q, k, v, scaling=scaling, dropout=dropout)
+        assert self.packing is not None
+        return attend(q, k, v, self.packing, scaling=scaling, dropout=dropout)
+
+    @staticmethod
+    def of(given: PackedSeqParams, context: ProcessGroup | None) -> Packed:
+        """Rows that somebody else describes: `given` with lengths that are multiples of 2 * cp, padding included."""
+        starts = given.cu_seqlens_q_padded if given.cu_seqlens_q_padded is not None else given.cu_seqlens_q
+        return _published(starts, context)
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class ContextRows:
     """Rows that are cut over the ranks of `group`: attention of this rank's queries to all keys and values."""
 
     group: ProcessGroup
-    own: Packing  # rows of this rank's tokens, padded chunks included
+    own: Packing  # rows of this rank's tokens, padding included
     whole: Packing  # rows of all tokens, padding included
     # int64 [tokens of all ranks]: where each token of the whole rows stands in the concatenation over ranks
     gathered_places: Tensor
@@ -73,14 +93,13 @@ class Inputs:
 
     Example, rows [12, 9, 4, 5] and [12, 8, 6] packed with sequence parallelism over two ranks::
 
-        tokens = [[12, 9, 4, 5, 12, 8, 6, 0]]    positions = [0, 1, 2, 3, 0, 1, 2, 0]
+        tokens = [[12, 9, 4, 5, 12, 8, 6, 0]]    packed.positions = [0, 1, 2, 3, 0, 1, 2, 0]
         places = [0, 1, 2, 3, 4, 5, 6, -1]    share = None    states = [1, 2, 5]
     """
 
     tokens: Tensor  # int64 [B, S]
-    positions: Tensor  # int64 [S]
     packed: Packed | None  # None for padded rows
-    published: PackedSeqParams | None  # the same for models that are not ours
+    published: Packed | None  # the same for models that are not ours; None also where rows share a prompt
     places: Tensor  # int64 [S * B], the packed place of each state's token; -1 at padding. States are [S, B, D]
     states: Tensor  # int64 [R of this rank], rows of the flattened states that predict its response tokens
     share: ContextShare | None  # which of the R these are; None for all of them
@@ -103,11 +122,12 @@ def _packed(micro: PackedBatch, multiple_of: int) -> Inputs:
     padding = torch.arange(size, size + room, device=device)
     starts = micro.cu_seqlens if not room else torch.cat([micro.cu_seqlens, micro.cu_seqlens[-1:] + room])
     packing = Packing.of(starts.int(), torch.cat([micro.row_places, padding]))
+    own: dict[str, Any] = {"packing": packing, "max_seqlen_q": packing.width, "max_seqlen_kv": packing.width}
+    is_shared = len(micro.row_places) > size
     return Inputs(
         tokens=F.pad(micro.tokens, (0, room))[None],
-        positions=F.pad(micro.position_ids, (0, room)),
-        packed=Packed(qkv_format="packed", max_seqlen_q=packing.width, max_seqlen_kv=packing.width, packing=packing),
-        published=_published(starts, packing.width) if len(micro.row_places) == size else None,
+        packed=Packed(qkv_format="packed", positions=F.pad(micro.position_ids, (0, room)), **own),
+        published=None if is_shared else _thd(starts.int(), **own),
         places=F.pad(torch.arange(size, device=device), (0, room), value=-1),
         states=micro.predicting,
         share=None,
@@ -125,7 +145,6 @@ def _padded(micro: PackedBatch, multiple_of: int) -> Inputs:
     row_of = torch.repeat_interleave(torch.arange(rows, device=lengths.device), lengths)
     return Inputs(
         tokens=tokens,
-        positions=columns,
         packed=None,
         published=None,
         places=places.T.reshape(-1),
@@ -139,37 +158,36 @@ def _zigzag(micro: PackedBatch, multiple_of: int, group: ProcessGroup) -> Inputs
     share = share_of(
         micro.total_lengths, micro.response_lengths, rank=group.rank(), size=group.size(), device=device
     )
-    room = -share.num_places % multiple_of
-    context = _context_rows(torch.from_numpy(share.chunk_sizes).to(device), share.position_ids, room, group)
-    width = context.whole.width
+    room = -share.num_places % math.lcm(multiple_of, 2)  # two chunks of padding
+    starts = share.cu_seqlens()
+    published = _published(F.pad(starts, (0, int(room > 0)), value=int(starts[-1]) + room * group.size()), group)
     return Inputs(
         tokens=F.pad(share.local_tokens(micro.tokens), (0, room))[None],
-        positions=F.pad(share.position_ids, (0, room)),
-        packed=Packed(qkv_format="packed", max_seqlen_q=width, max_seqlen_kv=width, context=context),
-        published=_published(context.whole.cu_seqlens, width),
+        packed=replace(published, qkv_format="packed", positions=F.pad(share.position_ids, (0, room))),
+        published=published,
         places=F.pad(share.token_places, (0, room), value=-1),
         states=share.places,
         share=share,
     )
 
 
-def _context_rows(chunks: Tensor, positions: Tensor, room: int, group: ProcessGroup) -> ContextRows:
-    """Rows of 2 * size chunks of these lengths [n]; `positions` [S] of this rank's tokens in their rows. With `room`
-    tokens of padding after them on every rank, which are one row more."""
-    size, device = group.size(), chunks.device
-    own_lengths, last = F.pad(2 * chunks, (0, int(room > 0)), value=room), len(chunks)
-    chunks = F.pad(chunks, (0, int(room > 0)), value=room)
-    own = _rows(own_lengths)
-    whole = _rows(own_lengths * size)
-    row_of, offset = _enumerate(own_lengths * size)
-    number, within = offset // chunks[row_of], offset % chunks[row_of]
-    mirrored = (number >= size) & (row_of != last)  # the second chunk of its owner; the row of padding has one each
+def _context_rows(starts: Tensor, group: ProcessGroup) -> ContextRows:
+    """Rows of these cumulative lengths, each a multiple of 2 * size, cut in zigzag."""
+    rank, size = group.rank(), group.size()
+    lengths = starts.long().diff()
+    chunks = lengths // (2 * size)
+    own, whole = _rows(2 * chunks), _rows(lengths)
+    row_of, offset = _enumerate(lengths)
+    chunk = chunks[row_of]
+    number = offset // chunk
+    mirrored = number >= size  # the second chunk of its owner
     owner = torch.where(mirrored, 2 * size - 1 - number, number)
-    within = torch.where(mirrored, within + chunks[row_of], within)
-    gathered = owner * int(own_lengths.sum()) + own.cu_seqlens.long()[row_of] + within
-    queries = torch.zeros(own.rows * own.width, dtype=torch.int64, device=device)
-    queries[own.to_packed] = F.pad(positions, (0, room))
-    keys = torch.arange(whole.width, device=device)
+    within = offset % chunk + chunk * mirrored
+    gathered = owner * int(own.cu_seqlens[-1]) + own.cu_seqlens.long()[row_of] + within
+    queries = torch.zeros(own.rows * own.width, dtype=torch.int64, device=starts.device)
+    is_own = owner == rank
+    queries[own.to_packed[(gathered - rank * int(own.cu_seqlens[-1]))[is_own]]] = offset[is_own]
+    keys = torch.arange(whole.width, device=starts.device)
     mask = (queries.view(own.rows, own.width, 1) >= keys).unsqueeze(1)
     return ContextRows(group, own, whole, gathered, mask)
 
@@ -186,12 +204,14 @@ def _enumerate(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return row_of, torch.arange(len(row_of), device=lengths.device) - starts[row_of]
 
 
-def _published(starts: Tensor, longest: int) -> PackedSeqParams:
-    starts = starts.int()
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+def _published(starts: Tensor, context: ProcessGroup | None) -> Packed:
+    """Of rows without shared prompts, from their cumulative lengths."""
+    if context is not None and context.size() > 1:
+        rows = _context_rows(starts, context)
+        return _thd(starts, context=rows, max_seqlen_q=rows.whole.width, max_seqlen_kv=rows.whole.width)
+    packing = _rows(starts.long().diff())
+    return _thd(starts, packing=packing, max_seqlen_q=packing.width, max_seqlen_kv=packing.width)
+
+
+def _thd(starts: Tensor, **own: Any) -> Packed:
+    return Packed(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, **own)

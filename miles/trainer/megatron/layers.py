@@ -5,8 +5,8 @@ that refuses sequence parallelism. These take their places in its layer spec (`s
 Megatron's.
 
     rows       one micro batch as this rank sees it: `inputs.Packed`, which travels as `packed_seq_params`
-    attention  q, k, v [P, 1, H, d] -> [P, 1, H * d]; under context parallelism keys and values of all ranks are
-               gathered, and queries stay where they are
+    attention  q, k, v [P, 1, H, d] -> [P, 1, H * d] (of the layout thd, [P, H, d] -> [P, H * d]); under context
+               parallelism keys and values of all ranks are gathered, and queries stay where they are
     positions  the angles of each packed token, from its place in its own sample
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from miles.rope import rope_frequencies
 from miles.trainer.megatron.inputs import Packed
-from miles.trainer.packed_attention import attend
+from miles.trainer.ranks import own_device
 from miles.trainer.rms_norm import RMSNorm
 
 
@@ -71,20 +72,19 @@ class PackedAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Packed | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """[S, B, H, d] each -> [S, B, H * d]; packed rows have S = P and B = 1."""
+        """[S, B, H, d] each -> [S, B, H * d]; packed rows have S = P and B = 1, or come as [P, H, d] -> [P, H * d]."""
         dropout = self.dropout if self.training else 0.0
         if packed_seq_params is None:
             return self._padded(query, key, value, dropout)
-        packed = packed_seq_params
+        rows = packed_seq_params
+        if not isinstance(rows, Packed):
+            rows = Packed.of(rows, self.cp_group)
+        if query.dim() == 3:
+            return rows.attend(query, key, value, scaling=self.softmax_scale, dropout=dropout)
         q, k, v = query[:, 0], key[:, 0], value[:, 0]
-        if packed.context is not None:
-            out = packed.context.attend(q, k, v, scaling=self.softmax_scale, dropout=dropout)
-        else:
-            assert packed.packing is not None
-            out = attend(q, k, v, packed.packing, scaling=self.softmax_scale, dropout=dropout)
-        return out.unsqueeze(1)
+        return rows.attend(q, k, v, scaling=self.softmax_scale, dropout=dropout).unsqueeze(1)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Rows that are padded at the end: real tokens never look at what follows them."""
@@ -96,8 +96,8 @@ class PackedAttention(MegatronModule):
 
 
 class Rotary(torch.nn.Module):
-    """The angles of the tokens of one pass, in the place of Megatron's `RotaryEmbedding`, which knows only the order
-    of tokens: set `positions` [S] before each pass.
+    """The angles of the tokens of one pass, in the place of Megatron's `RotaryEmbedding`, whose frequencies are other
+    than those of some Hugging Face models, and which knows only the order of tokens.
 
     A scaling of cosine and sine (yarn) is not a matter of angles: `scale` multiplies queries and keys, and so enters
     attention as its square.
@@ -106,20 +106,40 @@ class Rotary(torch.nn.Module):
     def __init__(self, hf_config: Any, head_dim: int) -> None:
         super().__init__()
         self._frequencies, self.scale = rope_frequencies(hf_config, head_dim)
-        self.positions = torch.zeros(0, dtype=torch.int64)
+        self._positions: Tensor | None = None
 
-    def get_rotary_seq_len(self, *_: Any, **__: Any) -> int:
-        return len(self.positions)
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Tensor | None,
+        transformer_config: TransformerConfig,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> int:
+        """How many angles the pass needs. `forward`, which Megatron calls next, does not see the rows."""
+        self._positions = None
+        if isinstance(packed_seq_params, Packed) and packed_seq_params.qkv_format == "packed":
+            assert packed_seq_params.positions is not None
+            self._positions = packed_seq_params.positions
+            return len(self._positions)
+        if packed_seq_params is not None:  # of the longest row: Megatron lays them out row by row
+            return max(packed_seq_params.max_seqlen_q, packed_seq_params.max_seqlen_kv)
+        states = transformer_input if transformer.input_tensor is None else transformer.input_tensor
+        parts = transformer_config.tensor_model_parallel_size if transformer_config.sequence_parallel else 1
+        return states.shape[0] * parts  # type: ignore[union-attr]
 
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        """float32 [S, 1, 1, d]."""
-        if self._frequencies.device != self.positions.device:
-            self._frequencies = self._frequencies.to(self.positions.device)
-        angles = torch.outer(self.positions.float(), self._frequencies)
+    def forward(self, length: int, *_: Any, **__: Any) -> Tensor:
+        """float32 [length, 1, 1, d]."""
+        device = own_device() if self._positions is None else self._positions.device
+        positions = torch.arange(length, device=device) if self._positions is None else self._positions
+        if self._frequencies.device != positions.device:
+            self._frequencies = self._frequencies.to(positions.device)
+        angles = torch.outer(positions.float(), self._frequencies)
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
-def spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of one model chunk: Megatron's local ones, with our attention and norms."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage

@@ -1,14 +1,15 @@
 """The model chunks of one rank: Megatron's `GPTModel`, wrapped for mixed precision and data-parallel gradients.
 
     provider          builds one chunk (pre_process, post_process, vp_stage): ours, or --custom-model-provider-path
+                      (`provided`)
     GPT               GPTModel whose last stage can stop at its hidden states, so that losses project only the positions
                       that predict a response token
-    chunks            provider -> critic's head -> Float16Module -> DistributedDataParallel, one per virtual stage
+    chunks            provider -> critic's head, one per virtual stage
+    wrapped           -> Float16Module -> DistributedDataParallel
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -60,15 +62,19 @@ class GPT(GPTModel):  # type: ignore[misc]
 class ValueHead(torch.nn.Linear):
     """A critic's projection [D] -> [1], the same on every tensor-parallel rank; weights from N(0, 0.02), bias 0."""
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-        super().__init__(hidden_size, 1, dtype=dtype, device=device)
-        weight = torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(seed))
+    def __init__(self, config: TransformerConfig, device: torch.device, seed: int) -> None:
+        super().__init__(config.hidden_size, 1, dtype=config.params_dtype, device=device)
+        self.sequence_parallel = config.sequence_parallel
+        weight = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             self.weight.copy_(weight * VALUE_HEAD_STD)
             self.bias.zero_()
 
     def forward(self, hidden: Tensor, weight: Any = None, runtime_gather_output: Any = None) -> tuple[Tensor, None]:
-        """[S, B, D] -> ([S, B, 1], None), as Megatron's output layers are called."""
+        """[S, B, D] -> ([S, B, 1], None), as Megatron's output layers are called. With sequence parallelism `hidden` is
+        this rank's part of S; every rank computes all values, so that the gradient of its own part is its own."""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return super().forward(hidden), None
 
 
@@ -94,13 +100,6 @@ def own_provider(config: TransformerConfig, hf_config: Any, vocabulary: Vocabula
     return provide
 
 
-def call_provider(provider: Provider, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> Any:
-    """One chunk. `vp_stage` is given to providers that name it, as published."""
-    named = "vp_stage" in inspect.signature(provider).parameters
-    stage = {"vp_stage": vp_stage} if named else {}
-    return provider(pre_process=pre_process, post_process=post_process, **stage)
-
-
 def chunks(
     config: TransformerConfig,
     provider: Provider,
@@ -109,7 +108,8 @@ def chunks(
     seed: int,
     device: torch.device,
 ) -> list[Any]:
-    """One module per virtual stage, on `device`; not wrapped yet (`wrapped`)."""
+    """One module per virtual stage, on `device`; not wrapped yet (`wrapped`). `provider` is called with
+    `pre_process`, `post_process` and `vp_stage` by keyword."""
     made = []
     stages: Sequence[int | None] = (
         [None]
@@ -119,13 +119,13 @@ def chunks(
     for stage in stages:
         first = mpu.is_pipeline_first_stage(ignore_virtual=stage is None, vp_stage=stage)
         last = mpu.is_pipeline_last_stage(ignore_virtual=stage is None, vp_stage=stage)
-        model = call_provider(provider, pre_process=first, post_process=last, vp_stage=stage)
+        model: Any = provider(pre_process=first, post_process=last, vp_stage=stage)
         model.model_type = ModelType.encoder_or_decoder
         model.vp_stage = stage
         if role == "critic":
             model.share_embeddings_and_output_weights = False  # on the first stage, too: it would wait for the last
             if last:
-                model.output_layer = ValueHead(config.hidden_size, config.params_dtype, device, seed)
+                model.output_layer = ValueHead(config, device, seed)
         mark_cut(model)
         for parameter in model.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

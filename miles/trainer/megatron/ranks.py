@@ -46,6 +46,7 @@ def make_groups(ranks: Ranks, layout: ParallelLayout, *, seed: int, timeout_minu
 
 def parallel_state(vocab_size: int) -> ParallelState:
     """This process under the published names."""
+    virtual = mpu.get_virtual_pipeline_model_parallel_world_size()
     return ParallelState(
         dp_rank=mpu.get_data_parallel_rank(),
         dp_src_rank=mpu.get_data_parallel_src_rank(),
@@ -62,15 +63,17 @@ def parallel_state(vocab_size: int) -> ParallelState:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         tp_group=mpu.get_tensor_model_parallel_group(),
         is_pp_last_stage=mpu.is_pipeline_last_stage(),
-        vpp_size=mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
-        microbatch_group_size_per_vp_stage=mpu.get_pipeline_model_parallel_world_size(),
+        vpp_size=virtual or 1,
+        microbatch_group_size_per_vp_stage=mpu.get_pipeline_model_parallel_world_size() if virtual else None,
         vocab_size=vocab_size,
     )
 
 
 def from_last_stage(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of the last pipeline stage, in main memory, on all stages; other stages give none. Groups take tensors
-    of both kinds of memory (`Ranks.join`), those in main memory travel with gloo."""
+    """The tensors of the last pipeline stage, in main memory, on all stages; other stages give none.
+
+    Groups take tensors of both kinds of memory (`Ranks.join`); those in main memory travel with gloo.
+    """
     group = mpu.get_pipeline_model_parallel_group()
     if group.size() == 1:
         return [tensor.cpu() for tensor in tensors]
@@ -100,3 +103,8 @@ def told_by_last_stage(message: Any) -> Any:
     dist.broadcast(text, source, group=group)
     return json.loads(bytes(text.numpy()))
 
+
+def print_rank_0(message: object) -> None:
+    """Print on the first rank of all, or where there is only one."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(message, flush=True)

@@ -19,6 +19,7 @@ from miles.config import OptimizerConfig, RunConfig
 from miles.config.layout import ParallelLayout
 from miles.rope import rope_frequencies
 from miles.trainer.megatron.inputs import Format
+from miles.trainer.megatron.model import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,6 @@ class MegatronSettings:
     qkv_format: Format = "thd"
     pad_to: int = 1  # S of a micro batch is a multiple of it, beside what sequence parallelism needs
     padded_vocab_size: int | None = None  # None: the next multiple of the tensor-parallel size
-    bridge: bool = False
 
     @staticmethod
     def of(config: RunConfig) -> MegatronSettings:
@@ -53,14 +53,18 @@ class MegatronSettings:
             qkv_format=train.qkv_format,
             pad_to=config.rollout_buffer.data_pad_size_multiplier * config.layout.tensor,
             padded_vocab_size=train.padded_vocab_size,
-            bridge=train.megatron_to_hf_mode == "bridge",
         )
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
-    def transformer_config(self, hf_config: Any, device: torch.device) -> TransformerConfig:
+    def vocabulary(self, hf_config: Any) -> Vocabulary:
+        return Vocabulary.of(hf_config.vocab_size, tensor=self.layout.tensor, padded=self.padded_vocab_size)
+
+    def transformer_config(
+        self, hf_config: Any, device: torch.device, kind: type[TransformerConfig] = TransformerConfig
+    ) -> TransformerConfig:
         """Of the whole model, on this layout."""
         layout, on_cpu = self.layout, device.type == "cpu"
         values: dict[str, Any] = {
@@ -101,7 +105,7 @@ class MegatronSettings:
         scale = rope_frequencies(hf_config, values["kv_channels"])[1]
         if scale != 1.0:
             values["softmax_scale"] = scale**2 * values["kv_channels"] ** -0.5
-        config = TransformerConfig(**values)
+        config = kind(**values)
         config.finalize_model_grads_func = finalize_model_grads
         return config
 

@@ -1,13 +1,14 @@
 """Published import path of what launch scripts call (`import ... command_utils as U`), on one machine.
 
-`execute_train` starts `miles train`. Checkpoint conversion and precision casts need the Megatron backend and answer
-with a sentence; data sets are given as files.
+`execute_train` starts `miles train`, which reads every model from its Hugging Face folder: there is nothing to convert
+before, and the functions that did so answer with a sentence. Data sets are given as files.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import shlex
 import shutil
 import sys
@@ -78,14 +79,15 @@ def execute_train(
 ) -> None:
     """Run `miles train <train_args>` and wait for it. CalledProcessError where it fails.
 
-    `before_ray_job_submit` is called first. UsageError for what one machine cannot do: several nodes, a Megatron model
-    type (`None` is the model of --hf-checkpoint).
+    `before_ray_job_submit` is called first. `megatron_model_type` names the model of a run with --train-backend
+    megatron; its sizes come from config.json of --hf-checkpoint. UsageError for what one machine cannot do (several
+    nodes), and for a model type beside --train-backend fsdp.
     """
     config = config or ExecuteTrainConfig()
-    if megatron_model_type is not None:
+    if megatron_model_type is not None and re.search(r"--train-backend[=\s]\s*fsdp\b", train_args):
         raise UsageError(
-            f"execute_train: megatron_model_type {megatron_model_type!r} needs the Megatron backend, which is not "
-            "built. Give None: --train-backend fsdp reads the model from --hf-checkpoint."
+            f"execute_train: megatron_model_type {megatron_model_type!r} beside --train-backend fsdp. Give None for "
+            "fsdp, or --train-backend megatron."
         )
     if config.num_nodes != 1:
         raise UsageError(f"execute_train: expected one node, got num_nodes={config.num_nodes}.")
@@ -169,10 +171,10 @@ def convert_checkpoint(
     dir_dst: str = "/root",
     hf_checkpoint: str | None = None,
 ) -> None:
-    """UsageError: only the Megatron backend has a checkpoint format of its own."""
+    """UsageError: nothing has to be converted."""
     raise UsageError(
-        f"convert_checkpoint {model_name}: the Megatron backend is not built. --train-backend fsdp reads the Hugging "
-        "Face folder itself: give it with --hf-checkpoint, and leave this call out."
+        f"convert_checkpoint {model_name}: both trainers read Hugging Face folders. Give the folder with "
+        "--hf-checkpoint (and --ref-load) in the place of the converted one, and leave this call out."
     )
 
 

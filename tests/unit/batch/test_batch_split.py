@@ -230,6 +230,14 @@ def test_a_row_over_the_budget_is_named() -> None:
         by_tokens(np.array([0, 1]), np.array([3, 9]), 8, name_of={1: "sample 24"}.__getitem__)
 
 
+def test_context_parallel_ranks_share_a_row() -> None:
+    rows, lengths = np.array([0, 1]), np.array([3, 9])
+    assert [m.tolist() for m in by_tokens(rows, lengths, 5, num_ranks=2)] == [[0], [1]]
+    assert [m.tolist() for m in by_tokens(rows, lengths, 6, num_ranks=2)] == [[0, 1]]
+    with pytest.raises(UsageError, match=r"has 9 tokens, .* is 4 for each of the 2 ranks that share it"):
+        by_tokens(rows, lengths, 4, num_ranks=2)
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 4))
 def test_results_come_back_in_order(lengths: list[int], size: int) -> None:
     array = np.array(lengths, dtype=np.int64)

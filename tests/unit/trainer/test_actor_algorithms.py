@@ -207,7 +207,8 @@ def test_the_kl_of_the_policy_to_itself_is_zero(folders: tuple[Path, Path], tmp_
     flags = ("--use-kl-loss", "--kl-loss-coef", "1", "--ref-load", folders[0])
     actor, lines = build(folders[0], tmp_path, *SPLITS["three"], *flags)
     actor.train(0, make_rollout().batch(), SAMPLES_PER_STEP)
-    assert lines.steps[0]["train/kl_loss"] == 0.0 != lines.steps[1]["train/kl_loss"]
+    # Micro batches of the two passes hold other rows, and a matrix product may round them otherwise.
+    assert abs(lines.steps[0]["train/kl_loss"]) < 1e-7 and abs(lines.steps[1]["train/kl_loss"]) > 1e-5
 
 
 def test_the_engine_s_tensors_stay_what_they_are(folders: tuple[Path, Path], tmp_path: Path) -> None:

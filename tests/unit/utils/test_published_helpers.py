@@ -250,6 +250,11 @@ def test_execute_train(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     assert flags.startswith('--lr 1e-6 --chat {"a  b": 1} --save /') and "$HOME" not in flags
 
 
+def test_execute_train_takes_megatron_models(commands: list[str]) -> None:
+    U.execute_train("--train-backend megatron --lr 1e-6", num_gpus_per_node=8, megatron_model_type="qwen3-4B")
+    assert commands[0].endswith("-m miles train --train-backend megatron --lr 1e-6")
+
+
 def test_execute_train_really_starts_miles(capfd: pytest.CaptureFixture[str]) -> None:
     U.execute_train("--help", num_gpus_per_node=1, megatron_model_type=None)
     assert "--custom-rm-path" in capfd.readouterr().out
@@ -258,7 +263,7 @@ def test_execute_train_really_starts_miles(capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"megatron_model_type": "qwen3-4B"}, "needs the Megatron backend"),
+        ({"megatron_model_type": "qwen3-4B", "train_args": "--train-backend fsdp"}, "'qwen3-4B' beside --train"),
         ({"config": U.ExecuteTrainConfig(num_nodes=2)}, "expected one node, got num_nodes=2"),
         ({"train_script": "nowhere/train_async.py"}, "no such file"),
     ],

@@ -14,6 +14,6 @@ from __future__ import annotations
 
 from miles.trainer.megatron.convert.export import Exporter
 from miles.trainer.megatron.convert.layout import local_parameters
-from miles.trainer.megatron.convert.load import load_hf, read_hf
+from miles.trainer.megatron.convert.load import differences, load_hf, read_hf
 
-__all__ = ["Exporter", "load_hf", "local_parameters", "read_hf"]
+__all__ = ["Exporter", "differences", "load_hf", "local_parameters", "read_hf"]

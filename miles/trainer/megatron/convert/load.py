@@ -71,6 +71,28 @@ def read_hf(
 
 def matched(layout: ModelLayout, chunks: Sequence[nn.Module]) -> dict[str, tuple[Parameter, Tensor]]:
     """This rank's parameters beside what the layout says of them. ValueError where the two differ."""
+    found, wrong = compared(layout, chunks)
+    if wrong:
+        raise ValueError(
+            f"The Megatron model is not a {layout.model.family.architecture} of its own configuration:\n  "
+            + "\n  ".join(wrong)
+        )
+    return found
+
+
+def differences(
+    folder: str | Path, chunks: Sequence[nn.Module], config: TransformerConfig, *, own_head: bool = False
+) -> list[str]:
+    """A line for each parameter of this rank's chunks that the model of `config` and the folder has otherwise, or not,
+    or has beside them. Empty where the chunks are such a model. CheckpointError for folders without a table."""
+    layout = ModelLayout(HfModel.of(folder, "--hf-checkpoint"), chunks, config, own_head=own_head)
+    return compared(layout, chunks)[1]
+
+
+def compared(
+    layout: ModelLayout, chunks: Sequence[nn.Module]
+) -> tuple[dict[str, tuple[Parameter, Tensor]], list[str]]:
+    """This rank's parameters beside what the layout says of them, and a line for each difference."""
     found, wrong, expected = {}, [], layout.here()
     for name, tensor in local_parameters(chunks).items():
         parameter = expected.pop(plainly(name), None)
@@ -81,13 +103,7 @@ def matched(layout: ModelLayout, chunks: Sequence[nn.Module]) -> dict[str, tuple
         if tuple(tensor.shape) != shape:
             wrong.append(f"{name}: {list(tensor.shape)}, expected {list(shape)}")
         found[name] = parameter, tensor
-    wrong += [f"{name} is missing" for name in expected]
-    if wrong:
-        raise ValueError(
-            f"The Megatron model is not a {layout.model.family.architecture} of its own configuration:\n  "
-            + "\n  ".join(wrong)
-        )
-    return found
+    return found, wrong + [f"{name} is missing" for name in expected]
 
 
 def fill(target: Tensor, parameter: Parameter, layout: ModelLayout, folder: Folder) -> None:
