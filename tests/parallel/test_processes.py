@@ -78,7 +78,7 @@ def test_errors_keep_their_kind_and_words() -> None:
 
 def test_what_is_no_consequence_is_told_before_what_may_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankGroup, "close", lambda self, at_once: None)
-    group = RankGroup(parse(FLAGS)[0], [], anonymous_file(), Path("nowhere"))
+    group = RankGroup(*parse(FLAGS), [], anonymous_file(), Path("nowhere"))
     lost, cause = TrainerError("lost my neighbour", consequence=True), TrainerError("killed")
     with pytest.raises(TrainerError, match="killed"):
         group._fail({0: lost, 1: cause})
