@@ -7,7 +7,6 @@ converter of Hugging Face weights puts there, which knows nothing of checkpoints
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import shutil
@@ -19,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron_models import FAMILIES
+from megatron_models import FAMILIES, forget
 from parallel_cases import rollout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -150,7 +148,7 @@ def make(config: RunConfig, ranks: Ranks, *, role: str = "actor") -> Any:
     from miles.trainer.megatron.ranks import make_groups
     from miles.trainer.megatron.settings import MegatronSettings
 
-    forget()
+    forget(CHUNKS)
     mpu.destroy_model_parallel()
     own = make_groups(ranks, config.layout, seed=1, timeout_minutes=2)
     made = MegatronBackend(MegatronSettings.of(config), config.optimizer, own, role=role, seed=3)  # type: ignore[arg-type]
@@ -159,19 +157,6 @@ def make(config: RunConfig, ranks: Ranks, *, role: str = "actor") -> Any:
 
 
 CHUNKS: list[Any] = []
-
-
-def forget() -> None:
-    """The model before, to which hooks of autograd hold on for ever, and its process groups: thousands of their threads
-    would slow every fork of a writer."""
-    for chunk in CHUNKS:
-        vars(chunk).clear()
-    CHUNKS.clear()
-    dist.barrier()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    gc.collect()
 
 
 @dataclass
