@@ -1,6 +1,6 @@
 """What `--train-backend megatron` needs: the library, a model that it knows, and sizes that fit each other.
 
-    1. library        megatron-core, megatron-bridge
+    1. library        megatron-core
     2. SUBSTITUTES    number of processes, precision, fused kernels
     3. RULES          architecture, parallelism, pipelines, experts, memory
 
@@ -39,15 +39,6 @@ def refuse_missing_library(draft: Draft) -> None:
     if not has("megatron.core"):
         raise FlagError(
             "--train-backend megatron", given="Megatron-Core is not installed.", remedy="pip install 'miles[megatron]'"
-        )
-
-
-def bridge(draft: Draft) -> None:
-    if draft["megatron_to_hf_mode"] == "bridge" and not has("megatron.bridge"):
-        raise FlagError(
-            "--megatron-to-hf-mode bridge",
-            given="Megatron-Bridge is not installed.",
-            remedy="Use --megatron-to-hf-mode raw, or pip install megatron-bridge.",
         )
 
 
@@ -324,7 +315,6 @@ def _fits_world(draft: Draft, world: int) -> None:
 
 RULES: list[Rule] = [
     true_on_policy,
-    bridge,
     fill_architecture,
     vocabulary,
     experts,

@@ -60,7 +60,10 @@ class TrainConfig(Section):
         status=no_meaning_here("copies are kept where something reads them, and nowhere else."),
     )
     megatron_to_hf_mode: Literal["raw", "bridge"] = flag(
-        "raw", "Who converts Megatron weights: miles, or Megatron-Bridge.", only="megatron"
+        "raw",
+        "Who converts Megatron weights: miles, or Megatron-Bridge.",
+        only="megatron",
+        status=not_built("The conversion by Megatron-Bridge"),
     )
     recompute_loss_function: bool = flag(
         False, "Recompute the loss in the backward pass instead of keeping its activations."

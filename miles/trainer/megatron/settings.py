@@ -38,7 +38,6 @@ class MegatronSettings:
     qkv_format: Format = "thd"
     pad_to: int = 1  # S of a micro batch is a multiple of it, beside what sequence parallelism needs
     padded_vocab_size: int | None = None  # None: the next multiple of the tensor-parallel size
-    bridge: bool = False
 
     @staticmethod
     def of(config: RunConfig) -> MegatronSettings:
@@ -54,7 +53,6 @@ class MegatronSettings:
             qkv_format=train.qkv_format,
             pad_to=config.rollout_buffer.data_pad_size_multiplier * config.layout.tensor,
             padded_vocab_size=train.padded_vocab_size,
-            bridge=train.megatron_to_hf_mode == "bridge",
         )
 
     @property
