@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from miles.utils.tracking_utils import log
@@ -51,6 +53,11 @@ def breaks_on_rank_1(args: Namespace, rollout_id: int, rollout_data: dict[str, A
     if args.rank == 1:
         for row in rollout_data["advantages"]:
             row += math.nan
+
+
+def draws(args: Namespace, rollout_id: int, rollout_data: dict[str, Any]) -> None:
+    """Leaves random numbers, as a plug-in would draw them that augments samples."""
+    Path(args.run_dir, f"drawn_{args.rank}").write_text(f"{random.random()} {np.random.random()}")
 
 
 def killed_on_rank_1(args: Namespace, rollout_id: int, rollout_data: dict[str, Any]) -> None:

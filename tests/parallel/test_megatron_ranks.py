@@ -136,10 +136,13 @@ def test_every_rank_skips_a_step_that_is_not_finite_on_one(
     assert kept == [f"step_0_{step}_rank{share}.pt" for step in range(2) for share in range(shares)]
 
 
-def test_a_finite_step_changes_the_weights(whole_precision: Path, tmp_path: Path) -> None:
-    """What the comparison above is worth."""
-    assert start(tmp_path / "run", "tensor", "--hf-checkpoint", whole_precision) == 0
+@pytest.mark.parametrize("layout", ["data", "tensor"])
+def test_a_finite_step_changes_the_weights(layout: str, whole_precision: Path, tmp_path: Path) -> None:
+    """What the comparison above is worth. And plug-ins of ranks that hold the same samples draw the same numbers."""
+    assert start(tmp_path / "run", layout, "--hf-checkpoint", whole_precision, post="draws") == 0
     assert not unchanged(tmp_path / "run", whole_precision)
+    one, other = ((tmp_path / "run" / f"drawn_{rank}").read_text() for rank in range(2))
+    assert (one == other) == (layout == "tensor")
 
 
 @pytest.mark.parametrize("layout", ["data", "tensor"])

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from miles.config import parse, resolve
+from miles.config.layout import ParallelLayout
 from miles.errors import CheckpointError, FlagError, HookError, MilesError, TrainerError
+from miles.loss.parallel_state import ParallelState
 from miles.trainer.commands import Failed
 from miles.trainer.group import Death, Process, RankGroup, portable, rank_environment
 from miles.types import Failure
@@ -97,6 +99,19 @@ def test_a_death_is_told_before_what_a_plug_in_makes_of_it(monkeypatch: pytest.M
         group._fail({0: card})
     with pytest.raises(HookError, match="the card"):
         group._fail({0: card})
+
+
+def test_one_rank_writes_for_all_that_hold_its_samples() -> None:
+    layout = ParallelLayout(16, tensor=2, context=2, pipeline=2)
+    states = [
+        ParallelState(
+            tp_rank=layout.tp_rank(rank), cp_rank=layout.cp_rank(rank), is_pp_last_stage=layout.is_last_stage(rank)
+        )
+        for rank in range(16)
+    ]
+    speaking = [rank for rank, state in enumerate(states) if state.speaks]
+    assert speaking == [rank for rank in range(16) if layout.reports(rank)]
+    assert [layout.dp_rank(rank) for rank in speaking] == [0, 1]
 
 
 def test_args_that_no_other_process_can_have() -> None:
