@@ -52,8 +52,8 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., 
 
 FLAGS = {
     "heads": ((TP, 3), f"{TP} 3: must divide the 4 attention heads of the model."),
-    "heads of keys": ((TP, 4, PP, 4), f"{PP} 4: the model has 3 layers, fewer than stages."),
-    "layers": ((PP, 2), f"{PP} 2: 3 layers cannot be divided among 2 equal stages."),
+    "more stages than layers": ((TP, 4, PP, 4), f"{PP} 4: the model has 3 layers, fewer than stages."),
+    "stages that do not divide": ((PP, 2), f"{PP} 2: 3 layers cannot be divided among 2 equal stages."),
     "experts": (("--expert-model-parallel-size", 2), "--expert-model-parallel-size 2: the model has no experts."),
     "the model's numbers": (
         ("--num-layers", 4, "--hidden-size", 64, "--untie-embeddings-and-output-weights"),
@@ -113,6 +113,7 @@ def test_weights_that_are_not_those_of_config_json(refused: Callable[..., str], 
     said = refused("--hf-checkpoint", folder, TP, 2)
     assert said.count("miles: ") == 1 and said.count(f"--hf-checkpoint {folder}: the weights are not those of") == 1
     assert said.count("model.layers.1.mlp.up_proj.weight: [384, 128] in the folder, [400, 128] in the model") == 1
+    assert said.endswith("\nGive a folder whose *.safetensors are those of its config.json.\n")
 
 
 def test_a_row_that_is_too_long_for_ranks_that_share_it(refused: Callable[..., str]) -> None:
