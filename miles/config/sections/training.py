@@ -200,7 +200,7 @@ class CheckpointConfig(Section):
     )
     no_save_optim: bool = flag(False, "Leave the optimizer out of the checkpoints.")
     no_load_optim: bool = flag(
-        False, "Resume without the optimizer's state; the learning rate's schedule starts anew, too."
+        False, "Resume without the optimizer's state; the schedule of the learning rate starts anew, too."
     )
     no_save_rng: bool = flag(False, "Leave the states of random generators out of the checkpoints.")
     no_load_rng: bool = flag(False, "Resume without the states of random generators.")
