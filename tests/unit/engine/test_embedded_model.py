@@ -51,7 +51,7 @@ WRONG = {
     ),
     "rope": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-        "rope_type: the embedded engine knows default, linear, llama3, yarn, got 'dynamic'",
+        "rope_type: miles knows default, linear, llama3, yarn, got 'dynamic'",
     ),
     "no config": (without("config.json"), "expected a Hugging Face model folder with config.json"),
     "no weights": (without("model.safetensors"), "no *.safetensors file"),
