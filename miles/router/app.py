@@ -117,7 +117,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def create_app(router: MilesRouter, forward: Any) -> RouterApp:
-    """The app of `router`, without its middlewares."""
+    """The app of `router`, without its middlewares. `forward` None: other paths go to `router.proxy`."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -130,7 +130,8 @@ def create_app(router: MilesRouter, forward: Any) -> RouterApp:
     if getattr(router.args, "hf_checkpoint", None) and importlib.util.find_spec("miles.router.session"):
         sessions = importlib.import_module("miles.router.session.sessions")
         sessions.setup_session_routes(app, router)
-    app.api_route(PROXIED, methods=METHODS)(router.proxy)
+    if forward is None:
+        app.api_route(PROXIED, methods=METHODS)(router.proxy)
     return app
 
 
