@@ -86,7 +86,7 @@ class Fleet:
         self._router_starts: list[float] = []
         self._router_is_new = False
         self._failure: EngineError | None = None
-        # Guards who serves and what they serve; held while weights are written.
+        # Guards who serves and what they serve; `_writing` keeps new engines out from `suspend` to `update_weights`.
         self._weights = threading.RLock()
         self._changed = threading.Condition()
         self._closing = False
@@ -149,19 +149,17 @@ class Fleet:
 
     def suspend(self) -> None:
         """The memory with the weights changes from now on, until `update_weights`; nobody is admitted meanwhile."""
-        self._weights.acquire()
-        self._writing = True
-        if self._delivery is not None:
-            self._drop(self._delivery.before_writing(self.serving))
+        with self._weights:
+            self._writing = True
+            if self._delivery is not None:
+                self._drop(self._delivery.before_writing(self.serving))
 
     def update_weights(self, tensors: Mapping[str, Tensor], version: str) -> None:
         """Make every engine that serves generate from `tensors` as `version`; engines that cannot are lost.
 
         EngineError where that ends the run.
         """
-        if not self._writing:
-            self.suspend()
-        try:
+        with self._weights:
             first = not self._tensors
             self._tensors, self.version = tensors, version
             if self._delivery is not None:
@@ -172,9 +170,7 @@ class Fleet:
                 for error in of_each(self.serving, _compare).values():
                     self._give_up(error)
             self._tell_router_version()
-        finally:
             self._writing = False
-            self._weights.release()
         self.raise_failure()
 
     def _confirm(self, member: Member) -> None:
@@ -234,6 +230,8 @@ class Fleet:
     def _admit(self, member: Member) -> None:
         """Give it the current weights, and requests only after it has confirmed them."""
         with self._weights:
+            if self._writing:
+                return  # the memory holds neither the old weights nor the new ones
             try:
                 if self._delivery is not None and self._tensors:
                     failures = self._delivery.deliver([member], self._tensors, self.version)
