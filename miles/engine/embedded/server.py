@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from miles import __version__
 from miles.engine.client import generate_json
+from miles.engine.embedded.chat import mount_chat
 from miles.engine.embedded.engine import EmbeddedEngine, in_passing_thread
 from miles.engine.protocol import BadRequestError, GenerateRequest, Json, SamplingParams
 from miles.errors import EngineError, FlagError, UsageError
@@ -50,6 +51,7 @@ def create_app(engine: EmbeddedEngine, *, own_url: str | None = None) -> FastAPI
     _add_control(app, engine)
     _add_weights(app, engine)
     _add_router_part(app, own_url)
+    mount_chat(app, engine)
     return app
 
 
