@@ -377,7 +377,7 @@ class GenerateResult:
     rid: str
     text: str
     output_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None  # None: one of a stream's partial results, more is to come
     prompt_tokens: int
     weight_versions: list[WeightVersionSpan]  # never empty; the last one is the current version
     cached_tokens: int = 0
@@ -397,7 +397,7 @@ class GenerateResult:
     def to_json(self) -> Json:
         meta_info: Json = {
             "id": self.rid,
-            "finish_reason": self.finish_reason.to_json(),
+            "finish_reason": None if self.finish_reason is None else self.finish_reason.to_json(),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": len(self.output_ids),
             "cached_tokens": self.cached_tokens,
