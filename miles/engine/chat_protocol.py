@@ -195,10 +195,15 @@ def _sampling(payload: Mapping[str, Any]) -> SamplingParams:
     try:
         return SamplingParams.from_payload(params)
     except BadRequestError as error:
-        text = str(error)
-        for ours, theirs in _RENAMED.items():
-            text = text.replace(ours, theirs)
-        raise BadRequestError(text) from None
+        raise in_chat_words(error) from None
+
+
+def in_chat_words(error: BadRequestError) -> BadRequestError:
+    """An engine's refusal that calls sampling parameters by their names in this API."""
+    text = str(error)
+    for ours, theirs in _RENAMED.items():
+        text = text.replace(ours, theirs)
+    return BadRequestError(text)
 
 
 def _messages(value: object) -> list[Json]:

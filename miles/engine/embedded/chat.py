@@ -28,6 +28,7 @@ from miles.engine.chat_protocol import (
     choice_json,
     chunk_json,
     completion_json,
+    in_chat_words,
     logprobs_json,
     usage_json,
 )
@@ -90,6 +91,12 @@ class _Chat:
 
     async def answer(self, http: Request) -> Response:
         request = ChatRequest.from_payload(await _body(http))
+        try:
+            return await self._answered(request, http)
+        except BadRequestError as error:
+            raise in_chat_words(error) from error
+
+    async def _answered(self, request: ChatRequest, http: Request) -> Response:
         prompt = self._prompt_ids(request)
         rid, created = request.rid or f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if request.stream:
