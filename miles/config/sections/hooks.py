@@ -21,7 +21,6 @@ COMMON = (
 )
 NOT_CALLED = {
     "miles_router_middleware": "MilesRouter",
-    "custom_agent_function": "Agentic generation",
 }
 """Plug points without a call site yet -> what is missing."""
 

@@ -14,7 +14,6 @@ IN_PROCESS = "the embedded engine answers inside this process."
 SGLANG_ONLY = "it belongs to SGLang; the embedded engine has no such setting."
 TRAINER_WEIGHTS = "the embedded engine uses the trainer's model as it is."
 PARALLEL = "An engine on several devices"
-ROUTER = "MilesRouter"
 NO_ROUTER = "one engine needs no router; MilesRouter is not built yet."
 
 
@@ -109,7 +108,7 @@ class EngineConfig(Section):
 class RouterConfig(Section):
     """MilesRouter, between requests and engines."""
 
-    use_miles_router: bool = flag(False, "Route requests through MilesRouter.", status=not_built(ROUTER))
+    use_miles_router: bool = flag(False, "Route requests through MilesRouter.")
     miles_router_timeout: float | None = flag(
         None, "Seconds that a routed request may take.", check=at_least(0), status=no_meaning_here(NO_ROUTER)
     )
@@ -123,7 +122,7 @@ class RouterConfig(Section):
         status=no_meaning_here(NO_ROUTER),
     )
     miles_router_enable_token_input_for_chat_completions: bool = flag(
-        False, "Tokenize chats in the router.", status=not_built(ROUTER)
+        False, "Sessions render every chat in the router; without it those that begin anew are left to the engine."
     )
 
 
