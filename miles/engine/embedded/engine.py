@@ -34,12 +34,15 @@ import torch
 from torch import Tensor
 
 from miles.engine.embedded.cache import KVCache
+from miles.engine.embedded.checker import WeightsChecker
+from miles.engine.embedded.control import EngineControl, cast
 from miles.engine.embedded.exact import ExactCache, ExactModel
 from miles.engine.embedded.loading import affordable_tokens, end_of_sequence_ids, in_passing_thread, load_tokenizer
+from miles.engine.embedded.memory import Memory, Source
 from miles.engine.embedded.model import DecoderModel, load_config, load_tensors
 from miles.engine.embedded.replies import Delivery, Progress, Reply
 from miles.engine.embedded.scheduler import Running, Scheduler
-from miles.engine.protocol import BadRequestError, GenerateRequest, GenerateResult
+from miles.engine.protocol import GenerateRequest, GenerateResult
 from miles.errors import EngineError
 
 __all__ = ["EmbeddedEngine", "end_of_sequence_ids", "in_passing_thread"]
@@ -55,10 +58,8 @@ SETTLE_TIMEOUT_S = 5.0
 BURST_STEPS = 16
 """Most steps between two looks at the inbox's lock; a request that ends or an inbox entry cuts a burst short."""
 
-PAUSE_MODES = ("abort", "retract", "in_place")
 
-
-class EmbeddedEngine:
+class EmbeddedEngine(EngineControl):
     """Generates for many callers at once from one model on one device.
 
     `EmbeddedEngine.from_folder(dir)` loads a checkpoint; the constructor takes a config and tensors, for instance a
@@ -91,8 +92,9 @@ class EmbeddedEngine:
         if max_running_requests < 1:
             raise ValueError(f"max_running_requests must be >= 1, got {max_running_requests}")
         self._dtype = dtype = torch.float32 if exact else dtype
-        self.hf_config, self.tokenizer, self.model_path = hf_config, tokenizer, model_path
-        self.model = (ExactModel if exact else DecoderModel)(hf_config, _cast(tensors, dtype))
+        self.hf_config, self.tokenizer, self.model_path, self.seed = hf_config, tokenizer, model_path, seed
+        self.model = (ExactModel if exact else DecoderModel)(hf_config, cast(tensors, dtype))
+        self.weight_shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named.items()}
         self.context_length = min(context_length or self.model.shape.context_length, self.model.shape.context_length)
         self._scheduler = Scheduler(
             self.model,
@@ -105,6 +107,9 @@ class EmbeddedEngine:
             weight_version=weight_version,
             cache_class=ExactCache if exact else KVCache,
         )
+        self._memory = Memory(self._scheduler, lambda read: self.model.load(cast(read, dtype)))
+        self._memory.weights_taken(lambda: tensors)
+        self.checker = WeightsChecker(self.model)
         self._replies: dict[Running, Reply] = {}
         self._streams: dict[Running, Progress] = {}  # those that are told of every token
         self._outboxes: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
@@ -114,19 +119,31 @@ class EmbeddedEngine:
         self._inbox_filled = threading.Condition()
         self._settled = True  # the home loop has drawn its conclusions from the last results
         self._home_stuck = False  # it did not in time, and is not waited for until it turns again
-        self._paused = self._suspended = self._closed = False
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     @classmethod
     def from_folder(
-        cls, model_dir: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", **options: Any
+        cls,
+        model_dir: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        read: Source | None = None,
+        **options: Any,
     ) -> EmbeddedEngine:
-        """Load a Hugging Face folder (config, safetensors, tokenizer). CheckpointError says what is wrong with it."""
-        hf_config = load_config(model_dir)
-        tensors = load_tensors(model_dir, dtype=dtype, device=device)
-        tokenizer = load_tokenizer(model_dir)
+        """Load a Hugging Face folder (config, safetensors, tokenizer). CheckpointError says what is wrong with it.
+
+        With `read`, the weights are what it returns, as of a memory that is shared, and the folder has the rest.
+        """
+        hf_config, tokenizer = load_config(model_dir), load_tokenizer(model_dir)
+        tensors = read() if read is not None else load_tensors(model_dir, dtype=dtype, device=device)
         eos = end_of_sequence_ids(hf_config, tokenizer, model_dir)
-        return cls(hf_config, tensors, tokenizer, dtype=dtype, model_path=str(model_dir), eos_token_ids=eos, **options)
+        engine = cls(
+            hf_config, tensors, tokenizer, dtype=dtype, model_path=str(model_dir), eos_token_ids=eos, **options
+        )
+        engine._memory.weights_taken(read or engine._folder(model_dir))  # these tensors themselves would be kept
+        return engine
 
     # ---- generate ------------------------------------------------------------------------------------------------
 
@@ -177,6 +194,7 @@ class EmbeddedEngine:
             try:
                 if self._closed:
                     raise EngineError("the engine is closed.")
+                self._memory.check()
                 running = self._scheduler.submit(request)
                 self._replies[running] = reply
                 if progress is not None:
@@ -204,94 +222,15 @@ class EmbeddedEngine:
         """Requests inside the engine."""
         return len(self._replies)
 
-    # ---- control: from any thread; each takes effect between two steps ----------------------------------------------
-
-    def abort(self, rid: str | None = None, *, abort_all: bool = False) -> None:
-        """End one request (with the `<rid>_<i>` of a batch) or all: they return what they have, finished by `abort`."""
-        if not abort_all and not rid:
-            raise BadRequestError("abort_request: give 'rid', or 'abort_all': true.")
-
-        def matches(running: Running) -> bool:
-            own = running.request.rid
-            return abort_all or own == rid or own.startswith(f"{rid}_")
-
-        self._post_control(lambda: self._scheduler.abort(matches, "Aborted"))
-
-    def flush_cache(self) -> bool:
-        """Forget shared prefixes. False, with nothing done, while requests run."""
-        return self._call(self._scheduler.flush)
-
-    def pause(self, mode: str = "abort") -> None:
-        """Stop generating: `abort` ends requests, `retract` computes their caches anew later, `in_place` keeps them.
-
-        Requests that arrive while the engine is paused wait for `resume`.
-        """
-        if mode not in PAUSE_MODES:
-            raise BadRequestError(f"pause_generation: mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}.")
-
-        def pause() -> None:
-            self._paused = True
-            if mode == "abort":
-                self._scheduler.abort(lambda _: True, "Aborted by pause_generation")
-            elif mode == "retract":
-                self._scheduler.retract()
-
-        self._call(pause)
-
-    def resume(self) -> None:
-        """Go on after `pause`."""
-
-        def resume() -> None:
-            self._paused = False
-
-        self._call(resume)
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot; the others wait for one."""
+        return len(self._scheduler.running)
 
     @property
-    def paused(self) -> bool:
-        return self._paused or self._suspended
-
-    def suspend(self) -> None:
-        """No step until `update_weights`: whoever owns the tensors is about to change them in place.
-
-        Running requests keep their caches and go on under the new weights.
-        """
-
-        def suspend() -> None:
-            self._suspended = True
-
-        self._call(suspend)
-
-    @property
-    def weight_version(self) -> str:
-        return self._scheduler.weight_version
-
-    @property
-    def max_running_requests(self) -> int:
-        return self._scheduler.max_running_requests
-
-    @property
-    def max_total_tokens(self) -> int:
-        return self._scheduler.max_total_tokens
-
-    def update_weights(self, tensors: Mapping[str, Tensor], version: str, *, copy: bool = False) -> None:
-        """Generate from these tensors (Hugging Face names) from the next step on.
-
-        The tensors are referred to, not copied: a trainer that changes them in place must call this again after each
-        change, and must `suspend` the engine before it, unless it passes `copy=True`. CheckpointError for names or
-        shapes that do not fit; the old weights then stay.
-        """
-        taken = {name: tensor.detach().clone() for name, tensor in tensors.items()} if copy else tensors
-
-        def update() -> None:
-            self._scheduler.set_weights(lambda: self.model.load(_cast(taken, self._dtype)), version)
-            self._suspended = False
-
-        self._call(update)
-
-    def update_weights_from_disk(self, model_dir: str | Path, version: str | None = None) -> None:
-        """Load the safetensors of a folder of the same architecture; `version` None keeps the version's name."""
-        tensors = load_tensors(model_dir, dtype=self._dtype or self.model.dtype, device=str(self.model.device))
-        self.update_weights(tensors, self.weight_version if version is None else version)
+    def num_steps(self) -> int:
+        """Steps done since the start."""
+        return self._scheduler.num_steps
 
     def close(self) -> None:
         """End the engine's thread. Requests that still run fail with EngineError."""
@@ -389,6 +328,7 @@ class EmbeddedEngine:
             except Exception as error:
                 failure = EngineError(f"the engine failed while generating: {type(error).__name__}: {error}")
                 failure.__cause__ = error
+                self.last_error = str(failure)
                 self._fail_all(failure)
         for command in self._inbox:  # what came in while it closed; nothing can come after
             command()
@@ -398,7 +338,7 @@ class EmbeddedEngine:
         return settled and self._has_work()
 
     def _has_work(self) -> bool:
-        return self._scheduler.has_work and not (self._paused or self._suspended)
+        return self._scheduler.has_work and not (self._paused or self._suspended) and self._memory.ready
 
     def _take_inbox(self) -> list[Callable[[], None]]:
         """What came in since the last step. Sleeps while there is nothing to do, or the home loop has yet to settle."""
@@ -459,12 +399,6 @@ class EmbeddedEngine:
         with self._inbox_filled:
             self._settled, self._home_stuck = True, False
             self._inbox_filled.notify()
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
-    if dtype is None or all(tensor.dtype == dtype for tensor in tensors.values()):
-        return tensors
-    return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
 
 
 def _after_passes(loop: asyncio.AbstractEventLoop, passes: int, action: Callable[[], None]) -> None:

@@ -143,6 +143,11 @@ class DecoderModel:
         self.dtype, self.device = embed.dtype, embed.device
         self.named: dict[str, Tensor] = take.named
 
+    def forget(self) -> None:
+        """Give up all tensors; `load` must be called before the next `forward`."""
+        self.embed = self.final_norm = self.head = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.layers, self.named = [], {}
+
     @property
     def cache_dtype(self) -> torch.dtype:
         """What keys and values are kept in."""
@@ -331,6 +336,17 @@ def unstacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
     for e, rows in enumerate(tensor):
         views[f"{stem}.{e}.gate_proj.weight"], views[f"{stem}.{e}.up_proj.weight"] = rows.chunk(2)
     return views
+
+
+def flat_names(model: DecoderModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a trainer or a checkpoint under the names that `model.named` has: stacked experts one by one, without
+    the output projection of a model that has none of its own."""
+    flat: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        flat |= unstacked(name, tensor)
+    if model.shape.tied_embeddings:
+        flat.pop("lm_head.weight", None)
+    return flat
 
 
 def load_config(model_dir: str | Path) -> Any:

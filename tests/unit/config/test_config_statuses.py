@@ -59,7 +59,6 @@ NOT_BUILT = [
     ["--max-staleness", "1"],
     ["--launcher", "ray"],
     ["--fp16"],
-    ["--miles-router-middleware-paths", "my.middleware.Cache"],
     ["--sglang-ep-size", "2"],
     ["--profile-target", "train_actor", "train_log_probs"],
 ]
