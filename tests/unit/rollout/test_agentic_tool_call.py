@@ -241,7 +241,8 @@ def test_an_aborted_rollout_cancels_the_agent() -> None:
 
 
 def test_a_full_context_ends_the_sample_truncated() -> None:
-    with Engine([CALL], rollout_max_context_len=85) as engine:
+    said = len(TOKENIZER.encode(f"{SYSTEM}<|user|>1+2=?<|end|><|assistant|>{CALL}"))
+    with Engine([CALL], rollout_max_context_len=said + 4) as engine:  # the tool's answer alone fills it
 
         async def go() -> Any:
             state = engine.state("uses_tools")
