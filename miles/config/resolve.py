@@ -20,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from miles.config import megatron, model_folder
+from miles.config import engines, megatron, model_folder
 from miles.config.draft import Draft
 from miles.config.evaluation import resolve_eval_datasets
 from miles.config.machine import local_gpus
@@ -537,6 +537,7 @@ EFFECTS: list[Rule] = [
     debug_dumps,
     debug_replay,
     colocation,
+    engines.choose,
     debug_rollout,
     critic_defaults,
     clip_range,
@@ -559,6 +560,7 @@ EFFECTS: list[Rule] = [
     whitening,
     policy_loss_inputs,
     critic_inputs,
+    engines.check,
     unread,
 ]
 

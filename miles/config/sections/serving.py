@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from miles.config.flags import PORT, Section, above, at_least, between, flag, no_meaning_here, not_built
+from miles.config.flags import PATH, PORT, Section, above, at_least, between, flag, no_meaning_here, not_built
 
 IN_PROCESS = "the embedded engine answers inside this process."
 SGLANG_ONLY = "it belongs to SGLang; the embedded engine has no such setting."
@@ -25,9 +25,10 @@ class EngineConfig(Section):
     `sglang_router_ip` and `sglang_router_port` on `args` are where plug-ins send their requests.
     """
 
-    sglang_router_ip: str | None = flag(
-        None, "Address of a router that is already running.", status=not_built("A router that someone else started")
+    sglang_python: str | None = flag(
+        None, "Python of the environment that SGLang is installed in; this one when unset.", check=PATH
     )
+    sglang_router_ip: str | None = flag(None, "Address of a router that is already running.")
     sglang_router_port: int | None = flag(
         None, "Port where this run serves SGLang's HTTP API; a free one when unset.", check=PORT
     )

@@ -26,6 +26,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from miles import __version__
 from miles.engine.client import generate_json
 from miles.engine.embedded.engine import EmbeddedEngine, in_passing_thread
+from miles.engine.listen import bind_port
 from miles.engine.protocol import BadRequestError, GenerateRequest, Json, SamplingParams
 from miles.errors import EngineError, FlagError, UsageError
 
@@ -34,9 +35,6 @@ DISCONNECT_POLL_S = 0.5
 
 CLIENT_GONE = 499
 """Status that nobody reads: the client hung up."""
-
-BACKLOG = 2048
-"""Connections that may wait for the event loop to accept them."""
 
 
 def create_app(engine: EmbeddedEngine, *, own_url: str | None = None) -> FastAPI:
@@ -201,26 +199,6 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
         yield
-
-
-def bind_port(host: str, port: int, *, flag: str) -> socket.socket:
-    """A listening socket; FlagError naming `flag` where the port is taken or not allowed. Port 0 takes a free one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = error.strerror if isinstance(error, OSError) else "ports go from 0 to 65535"
-        raise FlagError(
-            flag,
-            given=port,
-            expected=f"a port that is free on {host} ({reason})",
-            remedy="Choose another port, or stop the program that listens on it.",
-        ) from error
-    return listener
 
 
 @contextlib.asynccontextmanager

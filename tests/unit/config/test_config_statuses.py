@@ -56,8 +56,6 @@ def test_there_is_at_least_one_engine() -> None:
 
 NOT_BUILT = [
     ["--actor-num-nodes", "2"],
-    ["--rollout-num-gpus", "8"],
-    ["--rollout-num-gpus-per-engine", "2"],
     ["--max-staleness", "1"],
     ["--launcher", "ray"],
     ["--fp16"],

@@ -1,0 +1,37 @@
+"""One piece of memory of this machine that holds a model's weights, for every process that inherits its descriptor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from miles.weights.shared_memory import Layout, views
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`fd` is open in this process as long as the weights are needed; `size` in bytes."""
+
+    fd: int
+    layout: Layout
+    size: int
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights themselves, by their Hugging Face names. Whoever writes them must have stopped their readers."""
+        return views(self.fd, self.layout, self.size)
+
+    def write_layout(self, folder: Path) -> Path:
+        """Say in a JSON file where each tensor lies, for a server that inherits the descriptor."""
+        tensors = {
+            name: {"offset": slot.offset, "dtype": str(slot.dtype).removeprefix("torch."), "shape": list(slot.shape)}
+            for name, slot in self.layout.items()
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "weights.json"
+        path.write_text(json.dumps({"size": self.size, "tensors": tensors}))
+        return path
