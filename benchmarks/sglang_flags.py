@@ -43,9 +43,6 @@ def row(action: argparse.Action) -> dict[str, Any]:
 
 def table() -> dict[str, Any]:
     """Every option of the installed SGLang."""
-    if not _has_gpu():
-        sys.path.insert(0, str(ROOT / "tests" / "conformance"))
-        import sglang_cpu  # noqa: F401  (makes SGLang importable without a GPU)
     from sglang.srt.server_args import ServerArgs
     from sglang.version import __version__
 
@@ -54,12 +51,6 @@ def table() -> dict[str, Any]:
     rows = [row(action) for action in parser._actions]
     flags = {fields.pop("option"): fields for fields in rows}
     return {"sglang": __version__, "flags": dict(sorted(flags.items()))}
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def render(made: dict[str, Any]) -> str:

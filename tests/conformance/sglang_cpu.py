@@ -1,34 +1,25 @@
-"""Starts a real SGLang server on a machine without a GPU: `python sglang_cpu.py --model-path DIR --port P ...`.
+"""Lets real SGLang run on a machine without a GPU; imported by every Python of the environment of `make conformance`.
 
-Runs in the environment of `make conformance`, which has SGLang and no miles. Three things stand in SGLang's way there,
-and this file removes them at import, because the processes that SGLang spawns import the main file anew:
+`make conformance` names this file in a `.pth` file of that environment, so that `python -m sglang.launch_server` and the
+processes that it spawns find it. Three things stand in SGLang's way on a CPU; each is removed when it is first imported:
 
     torchvision's compiled operators do not load beside a CPU build of PyTorch    the two that are looked up are declared
     there is no CPU build of its kernel package                                   an empty one, whose functions raise
     recorded experts lie in memory that is registered with the CUDA driver        registering does nothing
 
-Everything else is SGLang as published. What it needs to be told about a CPU stands in `CPU_FLAGS`.
+Everything else is SGLang as published. What it must be told about a CPU, miles tells it (`miles/engine/sglang.py`).
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import os
 import sys
 import types
 from collections.abc import Sequence
 
-os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-CPU_FLAGS = (
-    *("--device", "cpu", "--attention-backend", "torch_native", "--disable-cuda-graph", "--disable-overlap-schedule"),
-    *("--max-total-tokens", "131072", "--max-running-requests", "128"),
-)
-
 KERNELS = "sgl_kernel"
+HOST_MEMORY = "sglang.srt.mem_cache.pool_host.common"
 
 
 class _Kernel:
@@ -53,14 +44,7 @@ class _Kernels(types.ModuleType):
         return _Kernel(f"{self.__name__}.{name}")
 
 
-class _KernelFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] != KERNELS:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
+class _KernelLoader(importlib.abc.Loader):
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _Kernels(spec.name)
 
@@ -68,36 +52,37 @@ class _KernelFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__version__ = "0"
 
 
+class _HostMemoryLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: types.ModuleType) -> None:
+        super().exec_module(module)
+        module._cuda_host_register = lambda *_, **__: None
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Looks at the names that are imported; all but two are left to the other finders."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] == KERNELS:
+            return importlib.machinery.ModuleSpec(name, _KernelLoader(), is_package=True)
+        if name == "torchvision":
+            _declare_torchvision_operators()
+        if name == HOST_MEMORY:
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            if spec is not None and spec.origin is not None:
+                spec.loader = _HostMemoryLoader(name, spec.origin)
+            return spec
+        return None
+
+
 def _declare_torchvision_operators() -> None:
     import torch
 
     library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     globals()["_operators"] = library  # they live as long as it does
 
 
-def _skip_registration_of_host_memory() -> None:
-    from sglang.srt.mem_cache.pool_host import common
-
-    common._cuda_host_register = lambda *_, **__: None
-
-
-sys.meta_path.insert(0, _KernelFinder())
-_declare_torchvision_operators()
-_skip_registration_of_host_memory()
-
-
-def main() -> None:
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
-    try:
-        run_server(prepare_server_args([*CPU_FLAGS, *sys.argv[1:]]))
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
-
-
-if __name__ == "__main__":
-    main()
+sys.meta_path.insert(0, _Finder())
