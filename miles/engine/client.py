@@ -118,6 +118,8 @@ class LocalEngineClient:
 async def generate_json(engine: LocalEngine, payload: Json) -> Any:
     """Answer one /generate body: an object, or a list for a batch. If one of a batch fails, the others are aborted."""
     requests = GenerateRequest.from_payload(payload)
+    if payload.get("stream"):
+        raise BadRequestError("stream: this call returns one answer. Post to the engine's address to read a stream.")
     if not is_batch(payload):
         return (await engine.generate(requests[0])).to_json()
     tasks = [asyncio.ensure_future(engine.generate(request)) for request in requests]

@@ -6,6 +6,7 @@ lines are kept for whoever asks why it is gone. What the server is and when it i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -120,10 +121,8 @@ class ServerProcess:
                 self._process.wait(FAREWELL_S)
             except subprocess.TimeoutExpired:
                 at_once = True
-        try:  # what it has started is in its group, also after it has ended
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # what it has started is in its group, also after it has ended
         self._process.wait()
         self._reader.join(READ_S)
 

@@ -15,6 +15,7 @@ An answer is read into memory as far as READ_AHEAD; then the engine waits until 
 from __future__ import annotations
 
 import asyncio
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -160,8 +161,7 @@ class Connection(asyncio.Protocol):
     # ---- the transport's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.busy and self.status and self._until_close and exc is None:

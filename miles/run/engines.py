@@ -33,7 +33,8 @@ from miles.run import serve, trainers
 from miles.run.serve import LOOPBACK
 from miles.trainer.group import portable
 from miles.weights.delivery import Delivery, SharedMemoryDelivery
-from miles.weights.shared_memory import Memory, anonymous_file
+from miles.weights.memory import Memory
+from miles.weights.shared_memory import anonymous_file
 
 # Requests that decode together; the rest wait. More cost memory for keys and values and gain little on a CPU.
 DEFAULT_RUNNING_REQUESTS = 256

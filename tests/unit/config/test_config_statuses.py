@@ -59,8 +59,6 @@ NOT_BUILT = [
     ["--max-staleness", "1"],
     ["--launcher", "ray"],
     ["--fp16"],
-    ["--use-miles-router"],
-    ["--miles-router-middleware-paths", "my.middleware.Cache"],
     ["--sglang-ep-size", "2"],
     ["--profile-target", "train_actor", "train_log_probs"],
 ]
