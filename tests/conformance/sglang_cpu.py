@@ -77,6 +77,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _declare_torchvision_operators() -> None:
+    if "_operators" in globals():
+        return  # it is looked up more than once
     import torch
 
     library = torch.library.Library("torchvision", "DEF")
