@@ -25,7 +25,7 @@ COMMANDS = {
     "new": ("miles.hooks.new", "new_main", "write a plug-in that works and a passing test for it"),
     "replay": ("miles.trial.replay", "main", "run a plug-in on a recorded rollout, or a failed call again"),
     "route": ("miles.router.serve", "main", "one address in front of several engines"),
-    "serve": ("miles.engine.embedded.server", "main", "serve a model over SGLang's HTTP API"),
+    "serve": ("miles.engine.embedded.command", "main", "serve a model over SGLang's HTTP API"),
 }
 
 

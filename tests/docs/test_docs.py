@@ -45,7 +45,7 @@ from miles.config import parse
 from miles.config.parse import build_parser
 from miles.config.sections import FLAGS
 from miles.config.yaml_file import read_entries
-from miles.engine.embedded import server
+from miles.engine.embedded import command
 from miles.engine.protocol import GenerateRequest
 from miles.errors import DataError, HookError, MilesError
 from miles.hooks import CATALOG, bind, plug_point_named
@@ -168,7 +168,7 @@ def check_miles(words: list[str]) -> None:
     if name == "train":
         parse(argv)
     elif name == "serve":
-        server._parser().parse_args([word for word in argv if word != "&"])
+        command.parser().parse_args([word for word in argv if word != "&"])
     elif name == "replay":
         assert len(argv) >= 1
     else:
@@ -324,7 +324,7 @@ def known_flags() -> set[str]:
     found = {*parser.options, "--help", "--help-all", "--version"}
     folders = ("miles/hooks", "miles/trial", "miles/run", "benchmarks")
     sources = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
-    for file in [*sources, *(ROOT / "examples").glob("*/*.py"), Path(server.__file__)]:
+    for file in [*sources, *(ROOT / "examples").glob("*/*.py"), Path(command.__file__)]:
         found |= set(re.findall(r"\badd(?:_argument)?\(\s*\"(--[\w-]+)\"", file.read_text()))
     return found
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "miles"
 LAYERS = [
     ("miles.types", "miles.errors"),
     ("miles.config", "miles.hooks"),
-    ("miles.engine.protocol", "miles.engine.client"),
+    ("miles.engine.protocol", "miles.engine.client", "miles.router.session.session_types"),
     ("miles.batch", "miles.exact", "miles.loss", "miles.rollout", "miles.rope"),
     ("miles.engine", "miles.router", "miles.weights", "miles.trainer", "miles.observe", "miles.trial"),
     ("miles.run",),

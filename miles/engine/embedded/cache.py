@@ -99,6 +99,11 @@ class KVCache:
         self.length = length
         self.contents = [[] for _ in range(slots)]
 
+    def free(self) -> None:
+        """Give all memory back. No request may be running; `reserve` allocates anew."""
+        self._allocate(0, 0)
+        self.epoch += 1
+
     # ---- contents ------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:

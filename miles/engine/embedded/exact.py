@@ -82,6 +82,10 @@ class ExactModel(DecoderModel):
         ]
         self._head_grid = exact.on_grid(self.head)
 
+    def forget(self) -> None:
+        super().forget()
+        self._exact_layers, self._head_grid = [], self.head
+
     def cover_positions(self, count: int) -> None:
         if count > self._num_positions:
             self._cos, self._sin = exact.rotary_table(self._inv_freq, self._rope_scale, count)
