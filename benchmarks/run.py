@@ -19,6 +19,7 @@ BENCHMARKS = (
     "megatron_weights.py",
     "logprobs.py",
     "engine_decode.py",
+    "router.py",
     "quickstart.py",
 )
 
