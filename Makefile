@@ -12,7 +12,9 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 K ?=
-PYTEST_ARGS := $(if $(K),-k "$(K)") $(if $(SLOW),,-m "not slow")
+# All tests run in two processes with one thread each; a selection in one, which is quicker for few tests.
+WORKERS ?= 2
+PYTEST_ARGS := $(if $(K),-k "$(K)",-n $(WORKERS) --dist loadgroup) $(if $(SLOW),,-m "not slow")
 
 .PHONY: quickstart test check bench base clean
 
@@ -20,7 +22,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/miles train --config examples/quickstart/carry.yaml
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(if $(K),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

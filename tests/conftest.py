@@ -1,4 +1,4 @@
-"""For all tests: signals as a terminal delivers them.
+"""For all tests: signals as a terminal delivers them, and which tests share a process when several run them.
 
 A shell that starts the tests in the background has them ignore SIGINT, and every process they start inherits that.
 """
@@ -6,6 +6,21 @@ A shell that starts the tests in the background has them ignore SIGINT, and ever
 from __future__ import annotations
 
 import signal
+from pathlib import Path
+
+import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a file stay together, because they share what is costly to set up; so do those of all plug points,
+    the last of which asks what the others have called."""
+    for item in items:
+        file = item.path.relative_to(HERE)
+        group = "hooks" if file.parts[0] == "hooks" else str(file)
+        item.add_marker(pytest.mark.xdist_group(group))

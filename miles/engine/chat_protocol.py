@@ -195,10 +195,15 @@ def _sampling(payload: Mapping[str, Any]) -> SamplingParams:
     try:
         return SamplingParams.from_payload(params)
     except BadRequestError as error:
-        text = str(error)
-        for ours, theirs in _RENAMED.items():
-            text = text.replace(ours, theirs)
-        raise BadRequestError(text) from None
+        raise in_chat_words(error) from None
+
+
+def in_chat_words(error: BadRequestError) -> BadRequestError:
+    """An engine's refusal that calls sampling parameters by their names in this API."""
+    text = str(error)
+    for ours, theirs in _RENAMED.items():
+        text = text.replace(ours, theirs)
+    return BadRequestError(text)
 
 
 def _messages(value: object) -> list[Json]:
@@ -296,17 +301,22 @@ class Spoken:
     content: str
     tool_calls: list[Json] = field(default_factory=list)
 
-    def finish_reason(self, result: GenerateResult) -> str:
-        """`tool_calls` where the answer ended by itself and holds some."""
+    def end(self, result: GenerateResult) -> Json:
+        """How a finished answer ended; `tool_calls` where it ended by itself and holds some."""
+        assert result.finish_reason is not None
         kind = result.finish_reason.type
-        return "tool_calls" if kind == "stop" and self.tool_calls else kind
+        reason = "tool_calls" if kind == "stop" and self.tool_calls else kind
+        return {"finish_reason": reason, "matched_stop": result.finish_reason.matched}
 
 
-def logprobs_json(result: GenerateResult, texts: Sequence[tuple[str, bytes]]) -> Json | None:
-    """OpenAI's log-probs of the output, each token with its id. `texts`: per token its text and its bytes."""
+def logprobs_json(result: GenerateResult, texts: Sequence[tuple[str, bytes]], start: int = 0) -> Json | None:
+    """OpenAI's log-probs of the output from token `start` on, each with its token's id.
+
+    `texts`: of each of these tokens its text and its bytes.
+    """
     if result.output_logprobs is None:
         return None
-    entries = zip(result.output_ids, result.output_logprobs, texts, strict=True)
+    entries = zip(result.output_ids[start:], result.output_logprobs[start:], texts, strict=True)
     return {
         "content": [
             {"token": text, "token_id": token, "logprob": logprob, "bytes": list(raw), "top_logprobs": []}
@@ -327,8 +337,7 @@ def choice_json(
         "index": index,
         "message": message,
         "logprobs": logprobs,
-        "finish_reason": spoken.finish_reason(result),
-        "matched_stop": result.finish_reason.matched,
+        **spoken.end(result),
         "input_token_ids": prompt_ids,
     }
     if request.return_prompt_token_ids or request.return_token_ids:

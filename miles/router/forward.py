@@ -44,6 +44,9 @@ MAX_ATTEMPTS = 3
 SWEEP_S = 0.25
 """How often the requests in flight are looked at."""
 
+WATCH_AFTER_S = 1.0
+"""A request that lasts longer gets a task that waits for its client to hang up: shorter ones do not pay for it."""
+
 GONE, TIMEOUT, STOPPING = "the client hung up", "timeout", "stopping"
 
 CLIENT_GONE = 499
@@ -379,7 +382,7 @@ class Forwarder:
             age = now - flight.began
             if limit is not None and age > limit:
                 flight.stop(TIMEOUT)
-            elif flight.receive is not None and flight.watcher is None and age > SWEEP_S:
+            elif flight.receive is not None and flight.watcher is None and age > WATCH_AFTER_S:
                 flight.watcher = asyncio.create_task(_watch(flight), name="miles-router-watch")
         if self._flights:
             self._sweep_later()

@@ -97,6 +97,7 @@ def _serve_on(router: MilesRouter, listener: socket.socket, token: str) -> None:
     config = uvicorn.Config(
         app,
         http="httptools",
+        proxy_headers=False,
         ws="none",
         lifespan="on",
         log_level="warning",

@@ -41,6 +41,11 @@ def on_loopback(engine: EmbeddedEngine, port: int | None) -> Iterator[tuple[str,
         asyncio.run_coroutine_threadsafe(server.close(), loop).result()
 
 
+def check_free(port: int) -> None:
+    """FlagError where nobody could listen at `port`."""
+    _listen(port).close()
+
+
 def _listen(port: int | None) -> socket.socket:
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

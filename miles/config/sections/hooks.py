@@ -19,10 +19,7 @@ COMMON = (
     "rollout_function",
     "custom_loss_function",
 )
-NOT_CALLED = {
-    "miles_router_middleware": "MilesRouter",
-    "custom_agent_function": "Agentic generation",
-}
+NOT_CALLED: dict[str, str] = {}
 """Plug points without a call site yet -> what is missing."""
 
 

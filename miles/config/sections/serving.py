@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from miles.config.flags import PORT, Section, above, at_least, between, flag, no_meaning_here, not_built
+from miles.config.flags import (
+    PATH,
+    PORT,
+    Section,
+    above,
+    at_least,
+    between,
+    flag,
+    more_than,
+    no_meaning_here,
+    not_built,
+)
 
 IN_PROCESS = "the embedded engine answers inside this process."
 SGLANG_ONLY = "it belongs to SGLang; the embedded engine has no such setting."
 TRAINER_WEIGHTS = "the embedded engine uses the trainer's model as it is."
 PARALLEL = "An engine on several devices"
-ROUTER = "MilesRouter"
-NO_ROUTER = "one engine needs no router; MilesRouter is not built yet."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +34,10 @@ class EngineConfig(Section):
     `sglang_router_ip` and `sglang_router_port` on `args` are where plug-ins send their requests.
     """
 
-    sglang_router_ip: str | None = flag(
-        None, "Address of a router that is already running.", status=not_built("A router that someone else started")
+    sglang_python: str | None = flag(
+        None, "Python of the environment that SGLang is installed in; this one when unset.", check=PATH
     )
+    sglang_router_ip: str | None = flag(None, "Address of a router that is already running.")
     sglang_router_port: int | None = flag(
         None, "Port where this run serves SGLang's HTTP API; a free one when unset.", check=PORT
     )
@@ -108,21 +118,14 @@ class EngineConfig(Section):
 class RouterConfig(Section):
     """MilesRouter, between requests and engines."""
 
-    use_miles_router: bool = flag(False, "Route requests through MilesRouter.", status=not_built(ROUTER))
-    miles_router_timeout: float | None = flag(
-        None, "Seconds that a routed request may take.", check=at_least(0), status=no_meaning_here(NO_ROUTER)
-    )
-    miles_router_max_connections: int | None = flag(
-        None, "Connections that the router opens.", check=at_least(1), status=no_meaning_here(NO_ROUTER)
-    )
+    use_miles_router: bool = flag(False, "Route requests through MilesRouter.")
+    miles_router_timeout: float | None = flag(None, "Seconds that a routed request may take.", check=more_than(0))
+    miles_router_max_connections: int | None = flag(None, "Requests on their way at once.", check=at_least(1))
     miles_router_health_check_failure_threshold: int = flag(
-        3,
-        "Failed health checks after which an engine gets no requests.",
-        check=at_least(1),
-        status=no_meaning_here(NO_ROUTER),
+        3, "Failed health checks after which an engine gets no requests.", check=at_least(1)
     )
     miles_router_enable_token_input_for_chat_completions: bool = flag(
-        False, "Tokenize chats in the router.", status=not_built(ROUTER)
+        False, "Sessions render every chat in the router; without it those that begin anew are left to the engine."
     )
 
 

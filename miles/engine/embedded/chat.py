@@ -11,10 +11,11 @@ that hangs up aborts its requests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -27,11 +28,12 @@ from miles.engine.chat_protocol import (
     choice_json,
     chunk_json,
     completion_json,
+    in_chat_words,
     logprobs_json,
     usage_json,
 )
 from miles.engine.embedded.engine import EmbeddedEngine
-from miles.engine.protocol import BadRequestError, GenerateResult, Json
+from miles.engine.protocol import BadRequestError, GenerateRequest, GenerateResult, Json
 from miles.errors import EngineError
 from miles.rollout.generate_utils.chat_template import ChatTemplateError, render
 from miles.rollout.generate_utils.tool_call_parsers import create_tool_call_parser
@@ -89,15 +91,17 @@ class _Chat:
 
     async def answer(self, http: Request) -> Response:
         request = ChatRequest.from_payload(await _body(http))
+        try:
+            return await self._answered(request, http)
+        except BadRequestError as error:
+            raise in_chat_words(error) from error
+
+    async def _answered(self, request: ChatRequest, http: Request) -> Response:
         prompt = self._prompt_ids(request)
         rid, created = request.rid or f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        waiting = asyncio.ensure_future(self._generate(request, prompt, rid))
         if request.stream:
-            first = await _first_of(waiting, http)  # a refused request is answered with its status, not in the stream
-            if first is None:
-                return Response(status_code=CLIENT_GONE)
-            return StreamingResponse(self._stream(request, rid, created, first), media_type="text/event-stream")
-        results = await _first_of(waiting, http)
+            return await self._streamed(request, prompt, rid, created, http)
+        results = await _while_connected(http, self._generate(request, prompt, rid))
         if results is None:
             return Response(status_code=CLIENT_GONE)
         choices = [self._choice(request, prompt, i, result) for i, result in enumerate(results)]
@@ -133,41 +137,115 @@ class _Chat:
         spoken, logprobs = self._spoken(request, result.text), self._logprobs(result)
         return choice_json(request, prompt, index, result, spoken=spoken, logprobs=logprobs)
 
+    def _parses(self, request: ChatRequest) -> bool:
+        return bool(request.tools) and request.tool_choice != "none" and self.tool_call_parser is not None
+
     def _spoken(self, request: ChatRequest, text: str) -> Spoken:
         """The text and the tool calls in it."""
-        if not request.tools or request.tool_choice == "none" or self.tool_call_parser is None:
+        if not self._parses(request):
             return Spoken(text)
+        assert request.tools is not None
         rest, calls = create_tool_call_parser(request.tools, self.tool_call_parser).parse_non_stream(text)
         if not calls:
             return Spoken(text)
         return Spoken(rest, [_call_json(place, call) for place, call in enumerate(calls)])
 
-    def _logprobs(self, result: GenerateResult) -> Json | None:
-        return logprobs_json(result, [token_text(self.engine.tokenizer, token) for token in result.output_ids])
+    def _logprobs(self, result: GenerateResult, start: int = 0) -> Json | None:
+        texts = [token_text(self.engine.tokenizer, token) for token in result.output_ids[start:]]
+        return logprobs_json(result, texts, start)
 
     # ---- streams -------------------------------------------------------------------------------------------------
 
-    async def _stream(
-        self, request: ChatRequest, rid: str, created: int, results: Sequence[GenerateResult]
-    ) -> AsyncIterator[str]:
-        """Server-sent events: role, text, tool calls, finish reason, usage where asked for, [DONE]."""
+    async def _streamed(
+        self, request: ChatRequest, prompt: list[int], rid: str, created: int, http: Request
+    ) -> Response:
+        """The stream, once there is something to say: a refused request is answered with its status."""
+        results = self._partial_results(request, prompt, rid)
+        first = await _while_connected(http, anext(results))
+        if first is None:
+            return Response(status_code=CLIENT_GONE)
+        return StreamingResponse(self._events(request, rid, created, first, results), media_type="text/event-stream")
 
-        def event(index: int, delta: Json, **more: Any) -> str:
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-            return _event(chunk_json(request, rid, created, [choice]))
+    async def _partial_results(
+        self, request: ChatRequest, prompt: list[int], rid: str
+    ) -> AsyncGenerator[tuple[int, GenerateResult], None]:
+        """(choice, what it has so far) as it comes, until all have ended. Closing it aborts what runs."""
+        arrived: asyncio.Queue[tuple[int, GenerateResult] | Exception] = asyncio.Queue()
 
-        for index, result in enumerate(results):
-            spoken = self._spoken(request, result.text)
-            yield event(index, {"role": "assistant", "content": ""})
-            if spoken.content or result.output_logprobs:
-                yield event(index, {"content": spoken.content}, logprobs=self._logprobs(result))
-            if spoken.tool_calls:
-                yield event(index, {"tool_calls": spoken.tool_calls})
-            matched = result.finish_reason.matched
-            yield event(index, {}, finish_reason=spoken.finish_reason(result), matched_stop=matched)
+        async def read(index: int, single: GenerateRequest) -> None:
+            try:
+                async with contextlib.aclosing(self.engine.stream(single)) as results:
+                    async for result in results:
+                        arrived.put_nowait((index, result))
+            except Exception as error:
+                arrived.put_nowait(error)
+
+        singles = request.generate_requests(prompt, rid)
+        readers = [asyncio.create_task(read(i, single), name=f"chat {single.rid}") for i, single in enumerate(singles)]
+        running = len(singles)
+        try:
+            while running:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                running -= item[1].finish_reason is not None
+                yield item
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def _events(
+        self, request: ChatRequest, rid: str, created: int, first: tuple[int, GenerateResult],
+        rest: AsyncGenerator[tuple[int, GenerateResult], None],
+    ) -> AsyncIterator[str]:  # fmt: skip
+        """Server-sent events: role, text, tool calls, finish reason, usage where asked for, [DONE].
+
+        Where tools were offered the text comes at once at the end: before, it may be the beginning of a call.
+        """
+        told: dict[int, tuple[int, int]] = {}  # choice -> characters and tokens that were sent
+        ended: dict[int, GenerateResult] = {}
+        async with contextlib.aclosing(rest):
+            try:
+                async for index, result in _after(first, rest):
+                    for delta, more in self._deltas(request, result, told.get(index)):
+                        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+                        yield _event(chunk_json(request, rid, created, [choice]))
+                    held = self._parses(request)
+                    told[index] = (0, 0) if held else (len(result.text), len(result.output_ids))
+                    if result.finish_reason is not None:
+                        ended[index] = result
+            except EngineError as error:  # the head of the answer is long gone
+                yield _event({"error": {"message": str(error), "code": error.status or 500}})
+                return
         if request.include_usage:
-            yield _event(chunk_json(request, rid, created, [], usage_json(results)))
+            yield _event(chunk_json(request, rid, created, [], usage_json(list(ended.values()))))
         yield "data: [DONE]\n\n"
+
+    def _deltas(
+        self, request: ChatRequest, result: GenerateResult, told: tuple[int, int] | None
+    ) -> Iterator[tuple[Json, Json]]:
+        """(delta, further fields) of what is new in `result`."""
+        if told is None:
+            yield {"role": "assistant", "content": ""}, {}
+        characters, tokens = told or (0, 0)
+        done = result.finish_reason is not None
+        if self._parses(request) and not done:
+            return
+        spoken = self._spoken(request, result.text)
+        text = spoken.content[characters:]
+        if text or (request.logprobs and len(result.output_ids) > tokens):
+            yield {"content": text}, {"logprobs": self._logprobs(result, tokens)}
+        if done:
+            if spoken.tool_calls:
+                yield {"tool_calls": spoken.tool_calls}, {}
+            yield {}, spoken.end(result)
+
+
+async def _after(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
+    yield first
+    async for item in rest:
+        yield item
 
 
 def _event(body: Json) -> str:
@@ -195,8 +273,9 @@ async def _body(request: Request) -> Json:
     return body
 
 
-async def _first_of(waiting: asyncio.Future[T], request: Request) -> T | None:
-    """The value of `waiting`, or None (and `waiting` cancelled) where the client goes away before it is there."""
+async def _while_connected(request: Request, answer: Awaitable[T]) -> T | None:
+    """The value of `answer`; None, and it cancelled, where the client hangs up before it is there."""
+    waiting = asyncio.ensure_future(answer)
     try:
         while not (await asyncio.wait([waiting], timeout=DISCONNECT_POLL_S))[0]:
             if await request.is_disconnected():
@@ -229,7 +308,7 @@ def _token_text(tokenizer: Any, token: int) -> tuple[str, bytes]:
 
 @lru_cache(maxsize=1)
 def _bytes_of_characters() -> Mapping[str, int]:
-    """Byte-level tokenizers write every byte as a printable character: which is which."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}
+    """Which byte a printable character stands for in byte-level vocabularies (GPT-2's): itself, or from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

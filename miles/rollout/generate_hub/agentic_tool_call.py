@@ -55,15 +55,16 @@ async def generate(input: GenerateFnInput) -> GenerateFnOutput:
     as `round_number`.
     """
     hook = _agent_of(input)
-    agent = _Agent(input, hook)
     begin = time.perf_counter()
-    if not await agent.ran_to_its_end():
-        return GenerateFnOutput(samples=_aborted(input.sample))
-    records = await agent.tracer.collect_records()
+    tracer = await _Agent(input, hook).work()
+    if tracer is None:
+        input.sample.status = Sample.Status.ABORTED
+        return GenerateFnOutput(samples=input.sample)
+    records = await tracer.collect_records()
     if not records:
-        _no_record(hook, input.sample, agent.tracer)
-    samples = _samples_of(input, hook, records)
-    if agent.tracer.context_full:
+        _no_record(hook, input.sample, tracer)
+    samples = _samples_of(input, records)
+    if tracer.context_full:
         samples[-1].status = Sample.Status.TRUNCATED
     if input.args.generate_multi_samples:
         return GenerateFnOutput(samples=samples)
@@ -118,7 +119,8 @@ class _Agent:
     """One sample's agent while it works. `tracer` is the session of the latest attempt."""
 
     def __init__(self, input: GenerateFnInput, hook: Hook) -> None:
-        self.args, self.sample, self.state, self.hook = input.args, input.sample, input.state, hook
+        state: Any = input.state
+        self.args, self.sample, self.state, self.hook = input.args, input.sample, state, hook
         self.request_kwargs = build_chat_request_kwargs(input.sampling_params)
         if input.args.use_rollout_routing_replay:
             self.request_kwargs["return_routed_experts"] = True
@@ -131,8 +133,11 @@ class _Agent:
         self.tracer = await OpenAIEndpointTracer.create(self.args)
         return self.tracer.base_url
 
-    async def ran_to_its_end(self) -> bool:
-        """False where the rollout was aborted meanwhile. Raises what the agent's policy does not tolerate."""
+    async def work(self) -> OpenAIEndpointTracer | None:
+        """The session with what was said, once the agent is done; None where the rollout was aborted meanwhile.
+
+        Raises HookError where the agent fails.
+        """
         call = self.hook.call_async(
             base_url=self.open_session,
             prompt=self.sample.prompt,
@@ -140,25 +145,20 @@ class _Agent:
             metadata=self.sample.metadata,
         )
         working = asyncio.create_task(call, name=f"agent of sample {self.sample.index}")
-        done = False
+        done = None
         try:
             while not (await asyncio.wait([working], timeout=ABORT_POLL_S))[0]:
                 if self.state.aborted:
-                    return False
+                    return None
             working.result()
-            done = True
-            return True
+            done = self.tracer
+            return done
         finally:
-            if not done:
+            if done is None:
                 working.cancel()
                 await asyncio.gather(working, return_exceptions=True)
                 if self.tracer is not None:
                     await self.tracer.delete()
-
-
-def _aborted(sample: Sample) -> Sample:
-    sample.status = Sample.Status.ABORTED
-    return sample
 
 
 def _no_record(hook: Hook, sample: Sample, tracer: OpenAIEndpointTracer) -> None:
@@ -179,7 +179,7 @@ def _no_record(hook: Hook, sample: Sample, tracer: OpenAIEndpointTracer) -> None
     )
 
 
-def _samples_of(input: GenerateFnInput, hook: Hook, records: list[SessionRecord]) -> list[Sample]:
+def _samples_of(input: GenerateFnInput, records: list[SessionRecord]) -> list[Sample]:
     state: Any = input.state
     replay = input.args if input.args.use_rollout_routing_replay else None
     return compute_samples_from_openai_records(input.sample, records, state.tokenizer, replay)

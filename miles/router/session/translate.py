@@ -116,8 +116,7 @@ def events(request: Mapping[str, Any], response: Json) -> Iterator[str]:
 
     for choice in response["choices"]:
         for delta, more in _deltas(choice, bool(request.get("logprobs"))):
-            base = {"index": choice.get("index", 0), "delta": delta, "logprobs": None, "finish_reason": None}
-            yield event([{**base, **more}])
+            yield event([{"index": choice.get("index", 0), "delta": delta, "finish_reason": None, **more}])
     if wants_usage:
         yield event([], response.get("usage"))
     yield "data: [DONE]\n\n"
@@ -125,11 +124,12 @@ def events(request: Mapping[str, Any], response: Json) -> Iterator[str]:
 
 def _deltas(choice: Json, logprobs: bool) -> Iterator[tuple[Json, Json]]:
     message = choice["message"]
-    yield {"role": message.get("role", "assistant"), "content": ""}, {}
+    nothing: Json = {}
+    yield {"role": message.get("role", "assistant"), "content": ""}, nothing
     said = {key: message[key] for key in ("reasoning_content", "content") if message.get(key)}
     if said or logprobs:
-        yield said, {"logprobs": choice["logprobs"]} if logprobs else {}
+        yield said, {"logprobs": choice["logprobs"] if logprobs else None}
     if message.get("tool_calls"):
         calls = [{**call, "index": call.get("index", place)} for place, call in enumerate(message["tool_calls"])]
-        yield {"tool_calls": calls}, {}
-    yield {}, {"finish_reason": choice.get("finish_reason"), "matched_stop": choice.get("matched_stop")}
+        yield {"tool_calls": calls}, nothing
+    yield nothing, {"finish_reason": choice.get("finish_reason"), "matched_stop": choice.get("matched_stop")}

@@ -7,7 +7,7 @@ from typing import Any
 
 import uvicorn
 
-from miles.engine.embedded.server import bind_port
+from miles.engine.listen import bind_port
 
 START_TIMEOUT_S = 30.0
 
