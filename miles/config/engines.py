@@ -19,6 +19,16 @@ from miles.errors import FlagError
 ENGINES = ("embedded", "sglang", "external")
 
 
+def kind(draft: Draft) -> str:
+    """One of ENGINES."""
+    if draft["rollout_external"]:
+        return "external"
+    if draft["rollout_engine"] != "auto":
+        return str(draft["rollout_engine"])
+    usable = draft.gpus > 0 and (draft["sglang_python"] is not None or find_spec("sglang") is not None)
+    return "sglang" if usable else "embedded"
+
+
 def choose(draft: Draft) -> None:
     """Settle `rollout_engine` and the number of engines."""
     if draft["rollout_external_engine_addrs"] is not None and not draft["rollout_external"]:
@@ -26,9 +36,7 @@ def choose(draft: Draft) -> None:
     if draft["rollout_external"]:
         _external(draft)
         return
-    if draft["rollout_engine"] == "auto":
-        usable = draft.gpus > 0 and (draft["sglang_python"] is not None or find_spec("sglang") is not None)
-        draft.derive("rollout_engine", "sglang" if usable else "embedded")
+    draft.derive("rollout_engine", kind(draft))
     gpus, each = draft["rollout_num_gpus"], draft["rollout_num_gpus_per_engine"]
     if gpus % each:
         raise FlagError(
