@@ -430,6 +430,29 @@ def multi_turn(draft: Draft) -> None:
         raise FlagError("--partial-rollout", given=f"{path} cannot go on with a conversation that was cut short.")
 
 
+AGENTIC = "miles.rollout.generate_hub.agentic_tool_call.generate"
+
+
+def agentic(draft: Draft) -> None:
+    """What the built-in generation with an agent cannot do without, and what it cannot do."""
+    path = draft["custom_generate_function_path"]
+    if path is None or path.replace(":", ".") != AGENTIC:
+        if draft["custom_agent_function_path"] is not None and path is None:
+            draft.notices.append(
+                f"--custom-agent-function-path: no meaning here, without --custom-generate-function-path {AGENTIC}."
+            )
+        return
+    needed = {
+        "--custom-agent-function-path": draft["custom_agent_function_path"],
+        "--use-miles-router (agents talk to its sessions)": draft["use_miles_router"] or None,
+    }
+    missing = [option for option, value in needed.items() if value is None]
+    if missing:
+        raise FlagError(f"--custom-generate-function-path {path}", given=f"needs {' and '.join(missing)}.")
+    if draft["partial_rollout"]:
+        raise FlagError("--partial-rollout", given=f"{path} cannot go on with a conversation that was cut short.")
+
+
 BUILT_IN_ROLLOUTS = (
     "miles.rollout.sglang_rollout.generate_rollout",
     "miles.rollout.inference_rollout.inference_rollout_common.InferenceRolloutFn",
@@ -550,6 +573,7 @@ EFFECTS: list[Rule] = [
     over_sampling,
     prompts_of_the_rollout,
     multi_turn,
+    agentic,
     partial_rollout,
     log_prob_tokens,
     prompt_length,

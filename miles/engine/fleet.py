@@ -203,7 +203,7 @@ class Fleet:
         finally:
             for member in self.members:
                 if member.server is not None:
-                    member.server.stop(at_once=self._failure is not None)
+                    member.server.stop()
             if self._router is not None:
                 self._router.stop()
 
@@ -262,7 +262,7 @@ class Fleet:
             member.failed_starts += 1
             self._unregister(member)
         if server is not None:
-            server.stop(at_once=True)
+            server.stop()
         if not self.watching.fault_tolerance:
             what = "could not be started" if before is State.STARTING else "was lost"
             self._give_up(EngineError(f"{member.name} {what}: {why}\n{_TOLERANCE}"))

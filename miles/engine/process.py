@@ -25,8 +25,7 @@ from miles.errors import EngineError
 
 # Lines of a dead server's output that its epitaph repeats.
 LAST_LINES = 12
-# How long a server may take to end when it is asked to, and its output to reach us when it has ended.
-FAREWELL_S = 5.0
+# How long the output of a server that has ended may take to reach us.
 READ_S = 1.0
 # One look at whether a server answers.
 LOOK_S = 5.0
@@ -113,14 +112,8 @@ class ServerProcess:
         printed = f"Its last output ({self.log}):\n  {said}" if said else "It printed nothing."
         return f"{self.name} (process {self.pid}, {self.url}) {how}. {printed}"
 
-    def stop(self, *, at_once: bool = False) -> None:
-        """No process of the server is left when this returns."""
-        if not at_once and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(FAREWELL_S)
-            except subprocess.TimeoutExpired:
-                at_once = True
+    def stop(self) -> None:
+        """No process of the server is left when this returns. It is killed: an engine has nothing to put in order."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)  # what it has started is in its group, also after it has ended
         self._process.wait()

@@ -84,11 +84,8 @@ class HealthMonitor:
         loop = asyncio.get_running_loop()
         round_at = loop.time() + self.settings.health_interval_s
         while True:
-            until = round_at
-            if self.table.held:
-                until = min(until, loop.time() + HELD_PROBE_S)
             try:
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(min(round_at, loop.time() + HELD_PROBE_S)):
                     await self._wake.wait()
             except TimeoutError:
                 pass

@@ -15,6 +15,7 @@ An answer is read into memory as far as READ_AHEAD; then the engine waits until 
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -285,7 +286,8 @@ class Upstream:
         except TimeoutError as error:
             raise UpstreamError(f"did not accept a connection within {CONNECT_TIMEOUT_S:g} s") from error
         except OSError as error:
-            raise UpstreamError(f"cannot be reached: {error.strerror or error}") from error
+            what = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            raise UpstreamError(f"cannot be reached: {what}") from error
         return connection
 
     def release(self, connection: Connection) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from miles.weights.shared_memory import Layout, views
+from miles.weights.shared_memory import Layout, layout_to_json, views
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,7 @@ class Memory:
 
     def write_layout(self, folder: Path) -> Path:
         """Say in a JSON file where each tensor lies, for a server that inherits the descriptor."""
-        tensors = {
-            name: {"offset": slot.offset, "dtype": str(slot.dtype).removeprefix("torch."), "shape": list(slot.shape)}
-            for name, slot in self.layout.items()
-        }
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "weights.json"
-        path.write_text(json.dumps({"size": self.size, "tensors": tensors}))
+        path.write_text(json.dumps(layout_to_json(self.layout, self.size)))
         return path

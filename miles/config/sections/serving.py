@@ -137,7 +137,7 @@ class RouterConfig(Section):
         3, "Failed health checks after which an engine gets no requests.", check=at_least(1)
     )
     miles_router_enable_token_input_for_chat_completions: bool = flag(
-        False, "Tokenize the chats of sessions in the router."
+        False, "Sessions render every chat in the router; without it those that begin anew are left to the engine."
     )
 
 

@@ -129,6 +129,7 @@ class DecoderModel:
         self.shape = DecoderShape.from_config(hf_config)
         self._inv_freq, self._rope_scale = rope_frequencies(hf_config, self.shape.head_dim)
         self._num_positions = 0
+        self._names: frozenset[str] = frozenset()
         self.load(tensors)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -139,9 +140,18 @@ class DecoderModel:
         layers = [_read_layer(take, f"model.layers.{i}", shape) for i in range(shape.num_layers)]
         final_norm = take("model.norm.weight", (c,))
         head = embed if shape.tied_embeddings else take("lm_head.weight", (shape.vocab_size, c))
+        self._check_names(take.named)
         self.embed, self.layers, self.final_norm, self.head = embed, layers, final_norm, head
         self.dtype, self.device = embed.dtype, embed.device
         self.named: dict[str, Tensor] = take.named
+
+    def _check_names(self, named: Mapping[str, Tensor]) -> None:
+        """Weights that come later have the optional parts (biases, norms of heads) that the first ones had."""
+        if not self._names:
+            self._names = frozenset(named)
+        for name in sorted(self._names.symmetric_difference(named))[:1]:
+            what = "have no tensor" if name in self._names else "have, unlike those at the start, a tensor"
+            raise CheckpointError(f"The weights {what} {name!r}.")
 
     def forget(self) -> None:
         """Give up all tensors; `load` must be called before the next `forward`."""

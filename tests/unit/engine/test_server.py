@@ -134,7 +134,8 @@ def test_control_endpoints(engine: EmbeddedEngine, tmp_path: Path) -> None:
     assert engine.paused
     assert call(engine, "POST", "/continue_generation", {}).status_code == 200
     assert not engine.paused
-    assert "mode: expected 'abort', 'retract' or 'in_place', got" in call(engine, "POST", "/pause_generation", {"mode": "x"}).text
+    refused = call(engine, "POST", "/pause_generation", {"mode": "x"}).json()["error"]["message"]
+    assert refused == "mode: expected 'abort', 'retract' or 'in_place', got \"x\"."
     assert "give 'rid'" in call(engine, "POST", "/abort_request", {}).text
     assert call(engine, "POST", "/abort_request", {"abort_all": True}).status_code == 200
 
