@@ -200,5 +200,10 @@ def _build(draft: Draft) -> RunConfig:
         built[name] = section(**values)
     origins: dict[str, str] = dict(draft.origins)
     return RunConfig(
-        **built, extras=draft.extras, passed=tuple(draft.passed), notices=draft.notices, substitutions=draft.substitutions, origins=origins
+        **built,
+        extras=draft.extras,
+        passed=tuple(draft.passed),
+        notices=draft.notices,
+        substitutions=draft.substitutions,
+        origins=origins,
     )

@@ -46,7 +46,7 @@ NOT_OF_THE_SERVER = ("sglang_python", "sglang_server_concurrency")
 
 @dataclass(frozen=True)
 class SglangCommand:
-    """Example: `SglangCommand(argv=["/env/bin/python", "-m", "sglang.launch_server", "--model-path", ...], env={...})`"""
+    """Example: `SglangCommand(["/env/bin/python", "-m", "sglang.launch_server", "--model-path", ...], {...})`"""
 
     argv: list[str]
     env: dict[str, str]

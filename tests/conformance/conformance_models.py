@@ -1,4 +1,4 @@
-"""The two models of the conformance tests, random and tiny: a dense Qwen3 and a Qwen3 with experts, one token per character.
+"""The two models of the conformance tests, random and tiny: a dense Qwen3 and one with experts, a token per character.
 
 Both are in float32, so that log-probs can be held against Hugging Face's. Random weights with a large deviation have
 opinions: greedy answers are no ties. The chat template is plain text, as the tokenizer has no words.

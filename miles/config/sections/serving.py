@@ -6,15 +6,19 @@ SGLang's own server flags come as `--sglang-<flag>`. The ones that matter are de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from miles.config.flags import (
     PATH,
     PORT,
     Section,
+    Status,
     above,
     at_least,
     between,
+    by_engine,
     flag,
     more_than,
     no_meaning_here,
@@ -53,9 +57,7 @@ class EngineConfig(Section):
     sglang_router_port: int | None = flag(
         None, "Port where this run serves SGLang's HTTP API; a free one when unset.", check=PORT
     )
-    sglang_router_request_timeout_secs: int = flag(
-        14400, "Seconds that a request may take.", check=at_least(1)
-    )
+    sglang_router_request_timeout_secs: int = flag(14400, "Seconds that a request may take.", check=at_least(1))
     sglang_server_concurrency: int = flag(512, "Requests in flight per engine.", check=at_least(1))
     sglang_context_length: int | None = flag(
         None, "Most tokens of a request; the model's own limit when unset.", check=at_least(2), status=OF_BOTH
@@ -76,19 +78,13 @@ class EngineConfig(Section):
     sglang_dtype: str = flag("auto", "Number format of the weights.", status=OF_SGLANG_WEIGHTS)
     sglang_kv_cache_dtype: str = flag("auto", "Number format of the cache.", status=OF_SGLANG_WEIGHTS)
     sglang_quantization: str | None = flag(None, "Quantization of the weights.", status=of_sglang_alone("Quantization"))
-    sglang_attention_backend: str | None = flag(
-        None, "Attention kernels of the engine.", status=OF_SGLANG
-    )
-    sglang_sampling_backend: str | None = flag(
-        None, "Sampling kernels of the engine.", status=OF_SGLANG
-    )
+    sglang_attention_backend: str | None = flag(None, "Attention kernels of the engine.", status=OF_SGLANG)
+    sglang_sampling_backend: str | None = flag(None, "Sampling kernels of the engine.", status=OF_SGLANG)
     sglang_disable_cuda_graph: bool = flag(False, "Run without CUDA graphs.", status=OF_SGLANG)
     sglang_cuda_graph_max_bs: int | None = flag(
         None, "Largest batch with a CUDA graph.", check=at_least(1), status=OF_SGLANG
     )
-    sglang_disable_radix_cache: bool = flag(
-        False, "Do not share prefixes between requests.", status=OF_SGLANG
-    )
+    sglang_disable_radix_cache: bool = flag(False, "Do not share prefixes between requests.", status=OF_SGLANG)
     sglang_log_level: str = flag("info", "How much a server logs.", status=OF_SGLANG)
     sglang_speculative_algorithm: str | None = flag(
         None, "Speculative decoding.", status=of_sglang_alone("Speculative decoding")
@@ -123,7 +119,9 @@ class EngineConfig(Section):
         check=at_least(1),
         status=of_sglang_alone(PARALLEL, above(1)),
     )
-    sglang_enable_dp_attention: bool = flag(False, "Attention on replicas of their own.", status=of_sglang_alone(PARALLEL))
+    sglang_enable_dp_attention: bool = flag(
+        False, "Attention on replicas of their own.", status=of_sglang_alone(PARALLEL)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
