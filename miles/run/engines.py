@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from miles.engine.embedded.engine import EmbeddedEngine, end_of_sequence_ids, in
 from miles.engine.embedded.model import DecoderShape, load_config
 from miles.engine.fleet import Fleet, Watching
 from miles.engine.fleet_client import FleetClient
+from miles.engine.listen import get_host_info
 from miles.engine.member import Member
 from miles.engine.process import ServerProcess, child_environment, free_port
 from miles.rollout.tokenizer import load_tokenizer
@@ -33,7 +35,10 @@ from miles.run import serve, trainers
 from miles.run.serve import LOOPBACK
 from miles.trainer.group import portable
 from miles.weights.delivery import Delivery, SharedMemoryDelivery
+from miles.weights.disk import DiskDelivery
+from miles.weights.distributed import DistributedDelivery
 from miles.weights.memory import Memory
+from miles.weights.sglang_tensor import TensorDelivery
 from miles.weights.shared_memory import anonymous_file
 
 # Requests that decode together; the rest wait. More cost memory for keys and values and gain little on a CPU.
@@ -147,7 +152,7 @@ def _start_fleet(
         members,
         watching(config),
         launch=launch,
-        delivery=None if memory is None else _delivery(config, memory, run_dir),
+        delivery=None if memory is None else _delivery(config, run_dir, stack),
         router_url=router_url,
         start_router=None if config.engine.sglang_router_ip is not None else _router_launch(config, args, run_dir),
         check_first_update=config.debug.check_weight_update_equal and memory is not None,
@@ -157,10 +162,30 @@ def _start_fleet(
     return Generators(None if memory is None else fleet, _client(fleet, config), seeds_each_sample=kind == "embedded")
 
 
-def _delivery(config: RunConfig, memory: Memory, run_dir: Path) -> Delivery:
-    if config.rollout.rollout_engine == "embedded":
+def _delivery(config: RunConfig, run_dir: Path, stack: ExitStack) -> Delivery:
+    """How engines in other processes get weights (`--update-weight-transport`)."""
+    rollout, ranks = config.rollout, config.cluster.rollout_num_gpus_per_engine
+    if rollout.rollout_engine == "embedded":
         return SharedMemoryDelivery()
-    raise NotImplementedError
+    way, elsewhere = rollout.update_weight_transport, rollout.rollout_engine == "external"
+    if way == "auto":
+        way = "disk" if elsewhere else "tensor"
+    if way == "tensor":
+        return TensorDelivery(rollout.update_weight_buffer_size, ranks=ranks)
+    if way == "disk":
+        root = run_dir / "engines" / "weights"
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
+        return DiskDelivery(root, Path(str(config.rollout.hf_checkpoint)), rollout.update_weight_buffer_size)
+    backend = config.cluster.distributed_backend
+    delivery = DistributedDelivery(
+        rollout.update_weight_buffer_size,
+        ranks=ranks,
+        host=get_host_info()[1] if elsewhere else LOOPBACK,
+        backend=backend,
+        device="cuda" if backend == "nccl" else "cpu",
+    )
+    stack.callback(delivery.close)
+    return delivery
 
 
 def _embedded_launch(
