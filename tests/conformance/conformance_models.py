@@ -78,3 +78,12 @@ def write_tokenizer(folder: Path) -> None:
     # The name under which every version of transformers finds the class.
     text = config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
     config.write_text(text)
+
+
+def write_all(root: Path) -> Path:
+    """`dense0`, `dense1`, `moe0`, `moe1`: two sets of weights for each model."""
+    for kind in ("dense", "moe"):
+        for seed in (0, 1):
+            if not (root / f"{kind}{seed}" / "config.json").exists():
+                write_model(root / f"{kind}{seed}", kind, seed)
+    return root
