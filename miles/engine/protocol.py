@@ -253,7 +253,7 @@ class GenerateRequest:
         value for all. Request ids of `n` > 1 and of batches with one `rid` are `<rid>_<i>`.
         """
         for name, value in payload.items():
-            if name in _REQUEST_FIELDS or name in _IGNORED_FIELDS or name == "stream":  # streaming: the server's business
+            if name in _REQUEST_FIELDS or name in _IGNORED_FIELDS or name == "stream":  # the server streams
                 continue
             if name not in _NEUTRAL_FIELDS:
                 raise BadRequestError(_unknown("field", str(name), [*_REQUEST_FIELDS, "stream", *_NEUTRAL_FIELDS]))
