@@ -3,10 +3,10 @@
 Run it with the interpreter of an environment that has SGLang (`make conformance` builds one):
 
     .venv-sglang/bin/python benchmarks/sglang_flags.py            write the table
-    .venv-sglang/bin/python benchmarks/sglang_flags.py --check    compare it with this SGLang; status 1 where they differ
+    .venv-sglang/bin/python benchmarks/sglang_flags.py --check    compare it; status 1 where this SGLang differs
 
-One row per option, by its name without dashes: the attribute it sets, the other spellings, what its values are, how many
-it takes (argparse's nargs), its choices, its default.
+One row per option, by its name without dashes: the attribute it sets, the other spellings, what its values are, how
+many it takes (argparse's nargs), its choices, its default.
 """
 
 from __future__ import annotations

@@ -13,10 +13,22 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
+from miles.config import passthrough, sglang_flags
 from miles.config.draft import Draft
+from miles.config.sections import FLAGS
 from miles.errors import FlagError
 
 ENGINES = ("embedded", "sglang", "external")
+
+
+def kind(draft: Draft) -> str:
+    """One of ENGINES."""
+    if draft["rollout_external"]:
+        return "external"
+    if draft["rollout_engine"] != "auto":
+        return str(draft["rollout_engine"])
+    usable = draft.gpus > 0 and (draft["sglang_python"] is not None or find_spec("sglang") is not None)
+    return "sglang" if usable else "embedded"
 
 
 def choose(draft: Draft) -> None:
@@ -26,9 +38,7 @@ def choose(draft: Draft) -> None:
     if draft["rollout_external"]:
         _external(draft)
         return
-    if draft["rollout_engine"] == "auto":
-        usable = draft.gpus > 0 and (draft["sglang_python"] is not None or find_spec("sglang") is not None)
-        draft.derive("rollout_engine", "sglang" if usable else "embedded")
+    draft.derive("rollout_engine", kind(draft))
     gpus, each = draft["rollout_num_gpus"], draft["rollout_num_gpus_per_engine"]
     if gpus % each:
         raise FlagError(
@@ -110,13 +120,50 @@ def check(draft: Draft) -> None:
         )
     if draft["sglang_router_ip"] is not None and draft["sglang_router_port"] is None:
         raise FlagError("--sglang-router-ip", given="needs --sglang-router-port.")
+    if draft["sglang_router_ip"] is not None and draft["use_rollout_routing_replay"]:
+        draft.notices.append(
+            "--use-rollout-routing-replay: SGLang's own router drops the request for routed experts; the router at "
+            "--sglang-router-ip must be a MilesRouter."
+        )
     for first, why in EXCLUDED_BY_ROUTER_IP.items():
         if draft["sglang_router_ip"] is not None and draft.given(first) and draft[first]:
             raise FlagError("--sglang-router-ip", given=f"excludes {draft.option(first)}: {why}")
+    _passed_flags(draft)
     for names, is_read, why in READ_WHEN:
         for name in names:
             if draft.given(name) and draft[name] is not None and not is_read(draft, own_processes):
                 draft.notices.append(f"{draft.option(name)}: no meaning here, {why}")
+
+
+def _passed_flags(draft: Draft) -> None:
+    """SGLang's flags must be SGLang's; without its servers nobody reads them. The Rust router checks its own."""
+    engine = draft["rollout_engine"]
+    for name in draft.passed:
+        if engine != "sglang" or not name.startswith(sglang_flags.PREFIX):
+            draft.notices.append(passthrough.notice(name, [f.option for f in FLAGS.values()], engine))
+        elif (unknown := sglang_flags.check(name, draft.extras[name])) is not None:
+            draft.notices.append(unknown)
+    if engine == "sglang":
+        for name, flag in FLAGS.items():
+            if draft.given(name) and flag.name.startswith(sglang_flags.PREFIX) and sglang_flags.find(name) is not None:
+                sglang_flags.check(name, draft[name])
+        _parallel(draft)
+
+
+def _parallel(draft: Draft) -> None:
+    gpus, stages = draft["rollout_num_gpus_per_engine"], draft["sglang_pipeline_parallel_size"]
+    if gpus % stages:
+        raise FlagError(
+            "--sglang-pipeline-parallel-size",
+            given=stages,
+            expected=f"a divisor of --rollout-num-gpus-per-engine {gpus}",
+        )
+    if draft["sglang_data_parallel_size"] > 1 and not draft["sglang_enable_dp_attention"]:
+        raise FlagError(
+            f"--sglang-data-parallel-size {draft['sglang_data_parallel_size']}",
+            given="needs --sglang-enable-dp-attention.",
+            remedy="For several engines use --rollout-num-gpus.",
+        )
 
 
 EXCLUDED_BY_ROUTER_IP = {
@@ -140,6 +187,16 @@ READ_WHEN: list[tuple[tuple[str, ...], Callable[[Draft, bool], bool], str]] = [
         ("update_weight_transport",),
         lambda draft, own: own and draft["rollout_engine"] != "embedded",
         "embedded engines read the trainer's weights in its memory, or in memory that they share with it.",
+    ),
+    (
+        ("sglang_router_request_timeout_secs",),
+        lambda draft, own: own,
+        "the one engine of this run is inside its process, and nobody gives up waiting for it.",
+    ),
+    (
+        ("sglang_python",),
+        lambda draft, own: draft["rollout_engine"] == "sglang",
+        "no SGLang server is started (--rollout-engine).",
     ),
     (
         ("engine_start_timeout_s", "check_weight_update_equal"),

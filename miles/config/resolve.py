@@ -109,8 +109,9 @@ def apply_statuses(draft: Draft) -> None:
     """
     refused: list[str] = []
     of_others: list[str] = []
+    engine = engines.kind(draft)
     for name, flag in FLAGS.items():
-        value, status = draft[name], flag.status
+        value, status = draft[name], flag.status.of(engine)
         if not draft.given(name) or name in draft.claimed:
             continue
         if flag.only not in (None, draft["train_backend"]):

@@ -41,8 +41,8 @@ SHARED = "/dev/shm"
 class TensorDelivery:
     """Implements `Delivery` for SGLang servers of this machine.
 
-    `ranks` is the number of processes of one engine (its tensor-parallel size): each maps the buffer by itself and takes
-    its part. `flattened` sends a bucket as one piece of memory, the way that is fast; otherwise every tensor is one.
+    `ranks` is the number of processes of one engine (its tensor-parallel size): each maps the buffer by itself and
+    takes its part. `flattened` sends a bucket as one piece of memory, which is fast; otherwise every tensor is one.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class TensorDelivery:
 def flattened(tensors: Mapping[str, Tensor], buffer: Tensor) -> dict[str, Any]:
     """Copy the tensors, all of one dtype, into `buffer` (uint8) one after the other; SGLang's description of that.
 
-    Example: `{"flattened_tensor": buffer, "metadata": [SimpleNamespace(name="model.norm.weight", shape=torch.Size([64]),
-    dtype=torch.float32, start_idx=0, end_idx=256, numel=256)]}`
+    Example: `{"flattened_tensor": buffer, "metadata": [SimpleNamespace(name="model.norm.weight", dtype=torch.float32,
+    shape=torch.Size([64]), start_idx=0, end_idx=256, numel=256)]}`
     """
     described, end = [], 0
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""The two models of the conformance tests, random and tiny: a dense Qwen3 and a Qwen3 with experts, one token per character.
+"""The two models of the conformance tests, random and tiny: a dense Qwen3 and one with experts, a token per character.
 
 Both are in float32, so that log-probs can be held against Hugging Face's. Random weights with a large deviation have
 opinions: greedy answers are no ties. The chat template is plain text, as the tokenizer has no words.
@@ -78,3 +78,12 @@ def write_tokenizer(folder: Path) -> None:
     # The name under which every version of transformers finds the class.
     text = config.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
     config.write_text(text)
+
+
+def write_all(root: Path) -> Path:
+    """`dense0`, `dense1`, `moe0`, `moe1`: two sets of weights for each model."""
+    for kind in ("dense", "moe"):
+        for seed in (0, 1):
+            if not (root / f"{kind}{seed}" / "config.json").exists():
+                write_model(root / f"{kind}{seed}", kind, seed)
+    return root

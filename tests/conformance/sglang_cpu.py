@@ -1,9 +1,10 @@
 """Lets real SGLang run on a machine without a GPU; imported by every Python of the environment of `make conformance`.
 
-`make conformance` names this file in a `.pth` file of that environment, so that `python -m sglang.launch_server` and the
-processes that it spawns find it. Three things stand in SGLang's way on a CPU; each is removed when it is first imported:
+`make conformance` names this file in a `.pth` file of that environment, so that `python -m sglang.launch_server` and
+the processes that it spawns find it. Three things stand in SGLang's way on a CPU; each is removed when it is first
+imported:
 
-    torchvision's compiled operators do not load beside a CPU build of PyTorch    the two that are looked up are declared
+    torchvision's compiled operators do not load beside a CPU build of PyTorch    those two that are needed are declared
     there is no CPU build of its kernel package                                   an empty one, whose functions raise
     recorded experts lie in memory that is registered with the CUDA driver        registering does nothing
 
