@@ -105,7 +105,7 @@ def full(request: Mapping[str, Any], created: int) -> Json:
 
 def events(request: Mapping[str, Any], response: Json) -> Iterator[str]:
     """The answer as the server-sent events of a stream, with the usage where `stream_options` ask for it."""
-    common = {key: response[key] for key in ("id", "created", "model") if key in response}
+    common: Json = {key: response[key] for key in ("id", "created", "model") if key in response}
     wants_usage = bool((request.get("stream_options") or {}).get("include_usage"))
 
     def event(choices: list[Json], usage: Any = None) -> str:
