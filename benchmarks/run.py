@@ -19,6 +19,7 @@ BENCHMARKS = (
     "megatron_weights.py",
     "logprobs.py",
     "engine_decode.py",
+    "engine_http.py",
     "quickstart.py",
 )
 
