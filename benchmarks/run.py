@@ -20,6 +20,7 @@ BENCHMARKS = (
     "logprobs.py",
     "engine_decode.py",
     "router.py",
+    "engine_http.py",
     "quickstart.py",
 )
 
