@@ -34,6 +34,8 @@ START_S = 600.0
 # What a run cannot do without and a server does not read.
 FILLING = ["--prompt-data", "none", "--num-rollout", "1", "--rollout-batch-size", "1", "--n-samples-per-prompt", "1"]
 FILLING += ["--global-batch-size", "1", "--debug-rollout-only", "--sglang-context-length", str(CONTEXT)]
+# SGLang makes half precision of a float32 model unless it is told otherwise.
+FILLING += ["--sglang-dtype", "float32"]
 
 
 def server(model: str, models: Path, python: str, logs: Path, rank: int) -> ServerProcess:
