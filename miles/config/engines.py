@@ -120,6 +120,11 @@ def check(draft: Draft) -> None:
         )
     if draft["sglang_router_ip"] is not None and draft["sglang_router_port"] is None:
         raise FlagError("--sglang-router-ip", given="needs --sglang-router-port.")
+    if draft["sglang_router_ip"] is not None and draft["use_rollout_routing_replay"]:
+        draft.notices.append(
+            "--use-rollout-routing-replay: SGLang's own router drops the request for routed experts; the router at "
+            "--sglang-router-ip must be a MilesRouter."
+        )
     for first, why in EXCLUDED_BY_ROUTER_IP.items():
         if draft["sglang_router_ip"] is not None and draft.given(first) and draft[first]:
             raise FlagError("--sglang-router-ip", given=f"excludes {draft.option(first)}: {why}")

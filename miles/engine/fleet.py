@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from miles.engine import other_router
 from miles.engine.member import Member, State, control
 from miles.engine.process import ServerProcess, wait_until_it_answers
 from miles.errors import EngineError
@@ -201,6 +202,9 @@ class Fleet:
             if not isinstance(error, EngineError):
                 logger.exception("the fleet's supervisor failed")
         finally:
+            if self._start_router is None:  # it goes on without this run
+                for member in self.serving:
+                    self._unregister(member)
             for member in self.members:
                 if member.server is not None:
                     member.server.stop()
@@ -328,7 +332,7 @@ class Fleet:
 
     def _register(self, member: Member) -> None:
         if self._start_router is None:
-            _register_elsewhere(self.router_url, member.url)
+            other_router.register(self.router_url, member.url)
             return
         try:
             control("the router", self.router_url, "/add_worker", {"url": member.url})
@@ -339,7 +343,10 @@ class Fleet:
 
     def _unregister(self, member: Member) -> None:
         try:
-            control("the router", self.router_url, "/remove_worker", {"url": member.url}, timeout_s=5.0)
+            if self._start_router is None:
+                other_router.unregister(self.router_url, member.url)
+            else:
+                control("the router", self.router_url, "/remove_worker", {"url": member.url}, timeout_s=5.0)
         except EngineError as error:  # it finds out by itself that nobody answers there
             logger.info("%s", error)
 
@@ -379,11 +386,3 @@ def _answers(member: Member) -> bool:
 def _compare(member: Member) -> None:
     """`--check-weight-update-equal`: the first update must bring back what was there before the tensors were reset."""
     member.call("/weights_checker", {"action": "compare"})
-
-
-def _register_elsewhere(router_url: str, url: str) -> None:
-    """A router that someone else started: newer ones of SGLang know `/workers`, older ones and ours `/add_worker`."""
-    try:
-        control("the router", router_url, "/workers", {"url": url, "worker_type": "regular"})
-    except EngineError:
-        control("the router", router_url, f"/add_worker?url={url}")

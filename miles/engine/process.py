@@ -95,6 +95,14 @@ class ServerProcess:
         except httpx.HTTPError:
             return False
 
+    def listens(self) -> bool:
+        """Whether anything accepts connections there: a router without engines is not healthy and can be given some."""
+        try:
+            httpx.get(self.url, timeout=LOOK_S, trust_env=False)
+        except httpx.HTTPError:
+            return False
+        return True
+
     def last_words(self) -> str:
         """How the process ended, if it has, and what it printed last."""
         status = self._process.poll()

@@ -253,7 +253,7 @@ class GenerateRequest:
         value for all. Request ids of `n` > 1 and of batches with one `rid` are `<rid>_<i>`.
         """
         for name, value in payload.items():
-            if name in _REQUEST_FIELDS or name == "stream":  # how to answer is the server's business
+            if name in _REQUEST_FIELDS or name in _IGNORED_FIELDS or name == "stream":  # the server streams
                 continue
             if name not in _NEUTRAL_FIELDS:
                 raise BadRequestError(_unknown("field", str(name), [*_REQUEST_FIELDS, "stream", *_NEUTRAL_FIELDS]))
@@ -289,9 +289,12 @@ _REQUEST_FIELDS = [f.name for f in fields(GenerateRequest)]
 # Fields of SGLang's body that only a full engine has; accepted where they ask for nothing.
 _NEUTRAL_FIELDS = """
     image_data video_data audio_data input_embeds top_logprobs_num token_ids_logprob return_hidden_states
-    session_params lora_path lora_id modalities custom_logit_processor priority extra_key routing_key log_metrics
-    background conversation_id bootstrap_host bootstrap_port bootstrap_room data_parallel_rank
+    session_params lora_path lora_id modalities custom_logit_processor priority extra_key routing_key background
+    conversation_id bootstrap_host bootstrap_port bootstrap_room data_parallel_rank return_bytes return_entropy
 """.split()  # noqa: SIM905
+
+# What concerns whoever passes a request on, and how it is logged: routers of SGLang add these to every request.
+_IGNORED_FIELDS = ("model", "log_metrics", "no_logs")
 
 
 def is_batch(payload: Mapping[str, Any]) -> bool:
@@ -479,6 +482,7 @@ def generate_schema() -> Json:
     }
     properties |= {name: one_or_per_prompt(_SCHEMAS[check]) for name, check in _COLUMN_CHECKS.items()}
     properties |= {name: neutral([None, False, 0]) for name in _NEUTRAL_FIELDS}
+    properties |= {name: {"description": "Ignored."} for name in _IGNORED_FIELDS}
     return {
         "type": "object",
         "properties": properties,

@@ -27,7 +27,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from miles import __version__
-from miles.router.doors import Door
+from miles.router.doors import Door, note_cut, run_cuttable
 from miles.router.forward import Receive, ResponseCut, Scope, Send
 
 if TYPE_CHECKING:
@@ -51,17 +51,22 @@ class Lane:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if scope["type"] == "http" and path not in self.exact and not path.startswith(self.prefixes):
-            await self.forward(scope, receive, send)
-            return
+        try:
+            if scope["type"] == "http" and path not in self.exact and not path.startswith(self.prefixes):
+                await self.forward(scope, receive, send)
+            else:
+                await self._own(path, scope, receive, send)
+        except ResponseCut as cut:
+            note_cut(scope, cut)
+            raise
+
+    async def _own(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self.routes(scope, receive, send)
-        except ResponseCut:
-            raise
-        except Exception:  # answered with 500 already; no middleware's fault
-            if scope["type"] != "http":
+        except Exception as error:
+            if scope["type"] != "http" or isinstance(error, ResponseCut):
                 raise
-            logger.exception("%s failed", path)
+            logger.exception("%s failed", path)  # answered with 500 already; no middleware's fault
 
 
 class RouterApp(FastAPI):
@@ -98,7 +103,10 @@ class RouterApp(FastAPI):
             self.middleware_stack = self.build_middleware_stack()
         scope["app"] = self
         try:
-            await self.middleware_stack(scope, receive, send)
+            if self.user_middleware and scope["type"] == "http":
+                await run_cuttable(self.middleware_stack, scope, receive, send)
+            else:
+                await self.middleware_stack(scope, receive, send)
         except ResponseCut as cut:
             logger.debug("an answer was cut: %s", cut)
 
@@ -109,7 +117,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 def create_app(router: MilesRouter, forward: Any) -> RouterApp:
-    """The app of `router`, without its middlewares."""
+    """The app of `router`, without its middlewares. `forward` None: other paths go to `router.proxy`."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -122,7 +130,8 @@ def create_app(router: MilesRouter, forward: Any) -> RouterApp:
     if getattr(router.args, "hf_checkpoint", None) and importlib.util.find_spec("miles.router.session"):
         sessions = importlib.import_module("miles.router.session.sessions")
         sessions.setup_session_routes(app, router)
-    app.api_route(PROXIED, methods=METHODS)(router.proxy)
+    if forward is None:
+        app.api_route(PROXIED, methods=METHODS)(router.proxy)
     return app
 
 

@@ -1,21 +1,50 @@
 """The door around each middleware: what it raises is told with its file and line, answered with 500, and over.
 
 Middlewares are plug-ins (`--miles-router-middleware-paths`), loaded and bound by `miles.hooks`. The router itself never
-raises through them, except for ResponseCut, which passes.
+raises through them, except for ResponseCut, which passes. Starlette's BaseHTTPMiddleware ends an answer properly that
+broke off below it; so a cut is noted in the scope, too, and nothing is sent to the client after it (`run_cuttable`).
 """
 
 from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterator
 from typing import Any
 
 from miles.hooks import Hook, bind
 from miles.hooks.card import card
-from miles.router.forward import Message, Receive, ResponseCut, Scope, Send, send_error
+from miles.router.forward import App, Message, Receive, ResponseCut, Scope, Send, send_error
 
 logger = logging.getLogger("miles.router")
+
+CUT = "miles.router.cut"
+"""In the scope of a request that passes middlewares: a list, not empty once its answer has to be cut."""
+
+
+async def run_cuttable(app: App, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run middlewares and what is below them. After a cut nothing more is sent; raises ResponseCut then."""
+    cuts: list[ResponseCut] = []
+    scope[CUT] = cuts
+    started = False
+
+    async def guarded_send(message: Message) -> None:
+        nonlocal started
+        if cuts:
+            raise cuts[0]
+        started = True
+        await send(message)
+
+    try:
+        await app(scope, receive, guarded_send)
+    except ResponseCut as cut:
+        if started:
+            raise
+        await send_error(send, cut.status, str(cut))
+
+
+def note_cut(scope: Scope, cut: ResponseCut) -> ResponseCut:
+    scope.get(CUT, []).append(cut)
+    return cut
 
 
 def bound_middlewares(args: Namespace) -> tuple[Hook, ...]:
@@ -49,12 +78,11 @@ class Door:
         try:
             await self.app(scope, receive, noting_send)
         except Exception as error:
-            cut = next((e for e in _all_of(error) if isinstance(e, ResponseCut)), None)
-            if cut is not None:
-                raise cut from None
+            if scope[CUT]:
+                raise scope[CUT][0] from None
             message = self._tell(error)
             if started:
-                raise ResponseCut(message) from error
+                raise note_cut(scope, ResponseCut(message, 500)) from error
             await send_error(send, 500, message)
 
     def _tell(self, error: Exception) -> str:
@@ -69,17 +97,3 @@ class Door:
             self._told.add(place)
             logger.error("%s", card(failed, None))
         return message
-
-
-def _all_of(error: BaseException) -> Iterator[BaseException]:
-    """An error and those that it holds or was caused by."""
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        one = todo.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        if isinstance(one, BaseExceptionGroup):
-            todo.extend(one.exceptions)

@@ -34,6 +34,7 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 REPLAY = 1024 * 1024
 """Bytes of a request's body that are kept for another attempt. A longer body is sent as it arrives, to one engine."""
@@ -68,7 +69,14 @@ class Refused(Exception):
 
 
 class ResponseCut(Exception):
-    """An answer broke off after its head had gone out; the connection to the client has to be cut."""
+    """An answer broke off after its head had gone out; the connection to the client has to be cut.
+
+    Where a middleware has held the head back, the client gets `status` and the sentence instead.
+    """
+
+    def __init__(self, message: str, status: int = 502) -> None:
+        self.status = status
+        super().__init__(message)
 
 
 class Flight:

@@ -86,6 +86,11 @@ class MilesRouter:
         self.table.dead = urls
 
     @property
+    def weight_version(self) -> str | None:
+        """The version that workers have to report to serve; where the run names none, the newest known one."""
+        return self.table.expected_version()
+
+    @property
     def client(self) -> httpx.AsyncClient:
         """An HTTP client for middlewares, made when it is first asked for; the router itself does not use it."""
         if self._client is None:

@@ -22,6 +22,7 @@ import torch
 
 from miles.config import RunConfig
 from miles.config.engines import in_processes, url_of
+from miles.engine import sglang
 from miles.engine.client import EngineClient, LocalEngineClient
 from miles.engine.embedded.engine import EmbeddedEngine, end_of_sequence_ids, in_passing_thread
 from miles.engine.embedded.model import DecoderShape, load_config
@@ -146,7 +147,8 @@ def _start_fleet(
         members, launch = [Member(rank, url_of(address)) for rank, address in enumerate(addresses)], None
     else:
         members = [Member(rank, "") for rank in range(count // config.cluster.rollout_num_gpus_per_engine)]
-        launch = _embedded_launch(config, len(members), memory, run_dir)
+        build = _embedded_launch if kind == "embedded" else _sglang_launch
+        launch = build(config, len(members), memory, run_dir)
     router_url = _router_url(config, args)
     fleet = Fleet(
         members,
@@ -218,6 +220,24 @@ def _embedded_launch(
             environment,
             fds,
         )
+
+    return launch
+
+
+def _sglang_launch(
+    config: RunConfig, count: int, memory: Memory | None, run_dir: Path
+) -> Callable[[int, str], ServerProcess]:
+    """SGLang loads the folder of --hf-checkpoint; the run's weights reach it by the first update."""
+    python, gpus = sglang.find_python(config.engine.sglang_python), torch.cuda.device_count()
+
+    def launch(rank: int, version: str) -> ServerProcess:
+        port = free_port()
+        threads = torch.get_num_threads() // count
+        command = sglang.server_command(
+            config, python=python, rank=rank, host=LOOPBACK, port=port, gpus=gpus, threads=threads
+        )
+        log = run_dir / "engines" / f"engine_{rank}.log"
+        return ServerProcess(f"engine {rank}", command.argv, f"http://{LOOPBACK}:{port}", log, command.env)
 
     return launch
 

@@ -42,7 +42,7 @@ class TensorDelivery:
     """Implements `Delivery` for SGLang servers of this machine.
 
     `ranks` is the number of processes of one engine (its tensor-parallel size): each maps the buffer by itself and
-    takes its part. `flattened` sends a bucket as one piece of memory, the way that is fast; otherwise every tensor is one.
+    takes its part. `flattened` sends a bucket as one piece of memory, which is fast; otherwise every tensor is one.
     """
 
     def __init__(

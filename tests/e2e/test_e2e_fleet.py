@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
-from e2e_runs import HERE, exported, metrics, same, started, train
+from e2e_runs import BASE, HERE, START_TIMEOUT_S, exported, metrics, same, started, train
+from moe_model import NUM_LAYERS, TOP_K, make_moe
 
-from miles.engine.process import free_port
+from miles.engine.process import ServerProcess, child_environment, free_port, wait_until_it_answers
 from miles.observe.record import read_rollouts, recorded_rollouts
 
 SAMPLES, ROLLOUTS = 16, 3
@@ -120,3 +127,96 @@ def test_no_server_outlives_the_run(number: signal.Signals, tmp_path: Path) -> N
     while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in servers):
         assert time.monotonic() < deadline, "a server goes on without its run"
         time.sleep(0.05)
+
+
+# ---- engines and routers of others -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(folder: Path, count: int) -> Iterator[list[str]]:
+    """Addresses of engines that this run does not start."""
+    servers = []
+    for i in range(count):
+        port = free_port()
+        argv = [sys.executable, "-m", "miles", "serve", "--model", str(BASE), "--port", str(port)]
+        url, log = f"http://127.0.0.1:{port}", folder / f"external_{i}.log"
+        servers.append(ServerProcess(f"external {i}", argv, url, log, child_environment(1)))
+    try:
+        for server in servers:
+            wait_until_it_answers(server, START_TIMEOUT_S)
+        yield [server.url.removeprefix("http://") for server in servers]
+    finally:
+        for server in servers:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def external(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    with serving(tmp_path_factory.mktemp("external"), 2) as addresses:
+        yield addresses
+
+
+@pytest.mark.parametrize("way", ["auto", "distributed"])
+def test_engines_that_someone_else_started(way: str, external: list[str], tmp_path: Path) -> None:
+    given = ("--rollout-external", "--rollout-external-engine-addrs", *external, "--update-weight-transport", way)
+    run = train(tmp_path / "run", *given)
+    complete(run)
+    assert not (run / "engines" / "weights").exists()
+    for address in external:
+        info = httpx.get(f"http://{address}/get_model_info").json()
+        assert info["weight_version"] == str(ROLLOUTS + 1)
+
+
+def test_an_engine_that_refuses_its_weights_ends_the_run(
+    external: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--rollout-external", "--rollout-external-engine-addrs", *external, "--update-weight-transport", "tensor")
+    train(tmp_path / "run", *given, status=1)
+    assert "refused /update_weights_from_tensor" in capsys.readouterr().err
+
+
+def routers() -> list[Any]:
+    """Commands of routers. SGLang's is not installed with the tests: SGLANG_ROUTER names its program."""
+    rust = os.environ.get("SGLANG_ROUTER")
+    ours = [sys.executable, "-m", "miles", "route"]
+    absent = pytest.mark.skipif(rust is None, reason="SGLANG_ROUTER names no sglang-router")
+    return [pytest.param(ours, id="ours"), pytest.param([rust, "launch"], id="sglang-router", marks=absent)]
+
+
+@pytest.mark.parametrize("command", routers())
+def test_a_router_that_someone_else_started(command: list[str], external: list[str], tmp_path: Path) -> None:
+    """Engines register themselves there, and are taken out again."""
+    port = free_port()
+    argv = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    router = ServerProcess("router", argv, f"http://127.0.0.1:{port}", tmp_path / "router.log", child_environment(1))
+    try:
+        while not router.listens():
+            assert not router.has_ended, router.last_words()
+        run = train(
+            tmp_path / "run",
+            *("--rollout-external", "--rollout-external-engine-addrs", *external),
+            *("--sglang-router-ip", "127.0.0.1", "--sglang-router-port", port),
+        )
+        complete(run)
+        assert httpx.get(f"{router.url}/workers").json()["workers"] == []
+    finally:
+        router.stop()
+
+
+@pytest.mark.parametrize("more", [(), ("--partial-rollout", "--over-sampling-batch-size", 7)], ids=["plain", "partial"])
+def test_routed_experts_reach_the_trainer(more: tuple[object, ...], tmp_path: Path) -> None:
+    """R3: the experts of every token come through the router into the batch, of responses in several pieces, too."""
+    model = make_moe(tmp_path / "model")
+    run = train(
+        tmp_path / "run",
+        *("--hf-checkpoint", model, "--custom-rm-path", f"{HERE / 'moe_model.py'}:digits"),
+        *("--use-rollout-routing-replay", "--use-miles-router", "--rollout-num-gpus", 2, *more),
+    )
+    for rollout_id in recorded_rollouts(run):
+        for sample in read_rollouts(run, rollout_id):
+            assert sample.rollout_routed_experts.shape == (len(sample.tokens) - 1, NUM_LAYERS, TOP_K)
+    # With the engine's experts the trainer's log-probs are the engine's, unless older weights began a response.
+    differences = metrics(run, "train/train_rollout_logprob_abs_diff")
+    pieces = [s.weight_versions for i in recorded_rollouts(run) for s in read_rollouts(run, i)]
+    assert any(len(set(versions)) > 1 for versions in pieces) == bool(more)
+    assert all(value < (0.1 if more else 1e-5) for value in differences.values())

@@ -6,13 +6,17 @@ import asyncio
 import gzip
 import json
 import random
+from argparse import Namespace
+from typing import Any
 
+import fastapi
 import httpx
 import pytest
 from null_workers import Request, Writer, response, worker
-from router_runs import raw, routing, until
+from router_runs import raw, routing, serving, until
 
 from miles.router import forward
+from miles.router.router import MilesRouter
 from miles.router.upstream import READ_AHEAD
 
 
@@ -322,26 +326,44 @@ def test_what_is_no_http_is_answered_and_the_router_goes_on() -> None:
     asyncio.run(main())
 
 
+async def session_like(request: fastapi.Request) -> fastapi.Response:
+    """A route as those of sessions are."""
+    router = request.app.state.router
+    result = await router._do_proxy(request, "v1/chat/completions", body=b'{"n": 2}', headers={"X-A": "1"})
+    assert result["request_body"] == b'{"n": 2}' and json.loads(result["response_body"]) == {"ok": True}
+    assert result["status_code"] == 200 and result["headers"]["content-type"] == "application/json"
+    built: fastapi.Response = router._build_proxy_response(result)
+    return built
+
+
 def test_published_proxy_keeps_the_answer() -> None:
     """What session routes and middlewares call: `_do_proxy` and `_build_proxy_response`."""
 
     async def main() -> None:
         async with worker() as one, routing(one) as (router, client):
-
-            async def session_route(request: httpx.Request) -> object:
-                result = await router._do_proxy(request, "v1/chat/completions", body=b'{"n": 2}', headers={"X-A": "1"})
-                assert result["request_body"] == b'{"n": 2}' and json.loads(result["response_body"]) == {"ok": True}
-                assert result["status_code"] == 200 and result["headers"]["content-type"] == "application/json"
-                return router._build_proxy_response(result)
-
-            session_route.__annotations__ = {"request": __import__("fastapi").Request}
-            router.app.router.routes.pop()  # the one for all other paths comes last
-            router.app.post("/own/route", response_model=None)(session_route)
-            router.app.middleware_stack = None
+            router.app.state.router = router
+            router.app.post("/own/route")(session_like)
+            router.app.middleware_stack = None  # made again with the new route
             got = await client.post("/own/route?x=1", json={"n": 1})
             assert got.json() == {"ok": True} and got.headers["content-length"] == "12"
             (seen,) = one.requests
             assert (seen.target, seen.body) == ("/v1/chat/completions?x=1", b'{"n": 2}')
             assert seen.headers["x-a"] == "1" and "accept-encoding" not in seen.headers
+
+    asyncio.run(main())
+
+
+def test_a_subclass_with_its_own_proxy_is_asked() -> None:
+    class Changing(MilesRouter):
+        async def _do_proxy(self, request: Any, path: str, body: Any = None, headers: Any = None) -> dict[str, Any]:
+            result = await super()._do_proxy(request, path, body, headers)
+            return {**result, "response_body": {"path": path, "was": json.loads(result["response_body"])}}
+
+    async def main() -> None:
+        router = Changing(Namespace())
+        async with worker() as one, serving(router.app) as url, httpx.AsyncClient(base_url=url) as client:
+            router.table.add(one.url)
+            got = await client.post("/v1/completions", json={})
+            assert got.json() == {"path": "v1/completions", "was": {"ok": True}}
 
     asyncio.run(main())

@@ -17,6 +17,7 @@ class Request:
     target: str
     headers: dict[str, str]
     body: bytes
+    head: str = ""  # as it came, with headers that are there twice
 
 
 Writer = asyncio.StreamWriter
@@ -95,7 +96,7 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
         await reader.readline()
     else:
         body = await reader.readexactly(int(headers.get("content-length", 0)))
-    return Request(method, target, headers, body)
+    return Request(method, target, headers, body, head.decode("latin-1"))
 
 
 @contextlib.asynccontextmanager
