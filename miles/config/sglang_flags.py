@@ -135,8 +135,11 @@ def argv(name: str, value: Any) -> list[str]:
     flag = find(name)
     option = flag.option if flag is not None else name.removeprefix(PREFIX).replace("_", "-")
     if flag is None or flag.type == "bool":
-        if value is False and flag is not None and f"no-{flag.option}" in flag.aliases:
-            return [f"--no-{flag.option}"]
+        negated = None if flag is None or f"no-{flag.option}" not in flag.aliases else f"no-{flag.option}"
+        if negated is not None and name.removeprefix(PREFIX).replace("_", "-") == negated:
+            value = value is False
+        if negated is not None and value is False:
+            return [f"--{negated}"]
         if value is True or value in (False, None):
             return [f"--{option}"] if value is True else []
     if value is None and not (flag is not None and "none" in flag.choices):

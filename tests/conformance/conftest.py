@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +21,7 @@ import httpx
 import pytest
 from conformance_models import write_all
 
-from miles.engine.embedded import EmbeddedEngine
-from miles.engine.embedded.server import create_app, serve_in_loop
+from miles.engine.process import ServerProcess, child_environment, free_port, wait_until_it_answers
 
 SGLANG = json.loads(os.environ.get("MILES_CONFORMANCE_SGLANG", "null"))
 PATIENCE_S = 120.0
@@ -83,35 +82,30 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_all(tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
 @contextmanager
-def embedded(folder: Path) -> Iterator[str]:
-    """The engine in this process, behind a real port."""
-    engine = EmbeddedEngine.from_folder(folder, max_running_requests=32, seed=3)
-    loop, ready, url = asyncio.new_event_loop(), threading.Event(), []
-    over = asyncio.Event()
-
-    async def serve() -> None:
-        async with serve_in_loop(create_app(engine), "127.0.0.1", 0) as own:
-            url.append(own)
-            ready.set()
-            await over.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
-    thread.start()
-    assert ready.wait(PATIENCE_S)
-    yield url[0]
-    loop.call_soon_threadsafe(over.set)
-    thread.join(PATIENCE_S)
-    loop.close()
-    engine.close()
+def embedded(folder: Path, logs: Path) -> Iterator[str]:
+    """The engine as the fleet starts it: a process of its own."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    argv = [sys.executable, "-P", "-m", "miles", "serve", "--model", str(folder), "--port", str(port)]
+    server = ServerProcess("the engine", argv, url, logs / "embedded.log", child_environment(1))
+    try:
+        wait_until_it_answers(server, PATIENCE_S)
+        yield url
+    finally:
+        server.stop()
 
 
-def _server(kind: str, model: str, models: Path) -> Iterator[Server]:
+def _server(kind: str, model: str, models: Path, logs: Path) -> Iterator[Server]:
     folders = models / f"{model}0", models / f"{model}1"
     if kind == "sglang":
         yield Server(kind, SGLANG[model], folders)
         return
-    with embedded(folders[0]) as url:
+    with embedded(folders[0], logs) as url:
         yield Server(kind, url, folders)
 
 
@@ -119,20 +113,21 @@ KINDS = ["embedded", *(["sglang"] if SGLANG is not None else [])]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def server(request: pytest.FixtureRequest, models: Path) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, models: Path, logs: Path) -> Iterator[Server]:
     """An engine with the dense model."""
-    yield from _server(request.param, "dense", models)
+    yield from _server(request.param, "dense", models, logs)
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def moe(request: pytest.FixtureRequest, models: Path) -> Iterator[Server]:
+def moe(request: pytest.FixtureRequest, models: Path, logs: Path) -> Iterator[Server]:
     """An engine with the model that has experts."""
-    yield from _server(request.param, "moe", models)
+    yield from _server(request.param, "moe", models, logs)
 
 
 @pytest.fixture
 def restored(server: Server) -> Iterator[Server]:
     """An engine whose weights a test may change: it gets its own back, under the version `default`."""
     yield server
+    server.ask("/continue_generation", {})
     body = {"model_path": str(server.folders[0]), "weight_version": "default"}
     server.ask("/update_weights_from_disk", body)

@@ -1,14 +1,14 @@
 """What miles relies on of SGLang's HTTP API, asked of the embedded engine and of SGLang: one file of tests for both.
 
 `make test` runs it against the embedded engine, `make conformance` against both. Where they answer otherwise on
-purpose,
-`differences.py` says how, and the test expects that.
+purpose, `differences.py` says how, and the test expects that.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from miles.weights.distributed import DistributedDelivery
 from miles.weights.sglang_tensor import TensorDelivery
 
 PROMPT = [5, 6, 7, 8]
-LONG = {"max_new_tokens": 600, "ignore_eos": True, "temperature": 1.0}
+LONG = {"max_new_tokens": 400, "ignore_eos": True, "temperature": 1.0}
 AGREE = 0.005  # largest difference of a log-prob from Hugging Face's in float32
 
 _references: dict[Path, Any] = {}
@@ -217,34 +217,46 @@ def test_a_stream_grows_to_the_whole_answer(server: Server) -> None:
 # ---- abort and pause -------------------------------------------------------------------------------------------------
 
 
-def started(server: Server, rid: str) -> Iterator[dict[str, Any]]:
-    """A long request of which at least one token is there; yields the parts of its answer that follow."""
-    body = {"input_ids": PROMPT, "sampling_params": LONG, "stream": True, "rid": rid, "return_logprob": True}
-    parts = events(server, "/generate", body)
-    first = json.loads(next(parts))
-    assert first["output_ids"]
-    yield first
-    yield from (json.loads(part) for part in parts if part != "[DONE]")
+class Started:
+    """A long request of which at least one token is there. Its answer is read as it comes, in a thread of its own: SGLang
+    waits for a reader, and what waits for the request would wait with it."""
+
+    def __init__(self, server: Server, rid: str) -> None:
+        body = {"input_ids": PROMPT, "sampling_params": LONG, "stream": True, "rid": rid, "return_logprob": True}
+        self._begun, self._last = threading.Event(), {}
+        self._reader = threading.Thread(target=self._read, args=(server, body), daemon=True)
+        self._reader.start()
+        assert self._begun.wait(PATIENCE_S)
+
+    def _read(self, server: Server, body: dict[str, Any]) -> None:
+        for part in events(server, "/generate", body):
+            if part != "[DONE]":
+                self._last = json.loads(part)
+                self._begun.set()
+
+    def last(self) -> dict[str, Any]:
+        """The end of the answer."""
+        self._reader.join(PATIENCE_S)
+        assert not self._reader.is_alive()
+        return self._last
 
 
 @pytest.mark.parametrize("body", [{"rid": "long"}, {"abort_all": True}])
 def test_an_aborted_request_returns_what_it_has(server: Server, body: dict[str, Any]) -> None:
-    parts = started(server, "long")
-    next(parts)
+    running = Started(server, "long")
     assert server.post("/abort_request", body).status_code == 200
-    last = list(parts)[-1]
+    last = running.last()
     assert last["meta_info"]["finish_reason"]["type"] == "abort"
     assert 0 < len(last["output_ids"]) < LONG["max_new_tokens"]
     assert len(last["meta_info"]["output_token_logprobs"]) == len(last["output_ids"])
 
 
 def test_abort_by_rid_spares_the_others(server: Server) -> None:
-    parts = started(server, "one")
-    next(parts)
+    running = Started(server, "one")
     other = server.in_background(input_ids=PROMPT, sampling_params=greedy(20, ignore_eos=True), rid="two")
     server.post("/abort_request", {"rid": "one"})
     assert other.result(PATIENCE_S)["meta_info"]["finish_reason"]["type"] == "length"
-    assert list(parts)[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+    assert running.last()["meta_info"]["finish_reason"]["type"] == "abort"
 
 
 def test_aborting_nobody_is_no_error(server: Server) -> None:
@@ -253,13 +265,12 @@ def test_aborting_nobody_is_no_error(server: Server) -> None:
 
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
 def test_pause_and_continue(server: Server, mode: str) -> None:
-    parts = started(server, f"paused-{mode}")
-    next(parts)
+    running = Started(server, f"paused-{mode}")
     assert server.ask("/pause_generation", {"mode": mode})["status"] == "ok"
     late = server.in_background(input_ids=PROMPT, sampling_params=greedy(2))
     try:
         if mode == "abort":
-            assert list(parts)[-1]["meta_info"]["finish_reason"]["type"] == "abort"
+            assert running.last()["meta_info"]["finish_reason"]["type"] == "abort"
         flushed = server.post("/flush_cache", {}).status_code
         assert flushed == (400 if mode == "in_place" else 200)
         assert server.get("/health").status_code == 200
@@ -268,17 +279,16 @@ def test_pause_and_continue(server: Server, mode: str) -> None:
         assert server.ask("/continue_generation", {})["status"] == "ok"
     assert len(late.result(PATIENCE_S)["output_ids"]) == 2
     if mode != "abort":
-        last = list(parts)[-1]
+        last = running.last()
         assert len(last["output_ids"]) == LONG["max_new_tokens"]
         assert last["meta_info"]["finish_reason"]["type"] == "length"
 
 
 def test_flush_is_refused_while_requests_run(server: Server) -> None:
-    parts = started(server, "busy")
-    next(parts)
+    running = Started(server, "busy")
     assert server.post("/flush_cache", {}).status_code == 400
     server.post("/abort_request", {"rid": "busy"})
-    list(parts)
+    running.last()
     until(lambda: server.post("/flush_cache", {}).status_code == 200, "an idle engine to flush its cache")
     assert server.get("/flush_cache").status_code == 200
 
@@ -370,13 +380,12 @@ def test_parts_belong_between_begin_and_end(server: Server) -> None:
 
 def test_a_paused_request_goes_on_under_the_new_weights(restored: Server) -> None:
     """And says which of its tokens came from which."""
-    parts = started(restored, "across")
-    next(parts)
+    running = Started(restored, "across")
     restored.ask("/pause_generation", {"mode": "retract"})
     body = {"model_path": str(restored.folders[1]), "weight_version": "12"}
     restored.ask("/update_weights_from_disk", body)
     restored.ask("/continue_generation", {})
-    last = list(parts)[-1]
+    last = running.last()
     first, second = last["meta_info"]["weight_versions"]
     assert (first["version"], first["start"]) == ("default", 0)
     assert (second["version"], second["start"], second["end"]) == ("12", first["end"], LONG["max_new_tokens"])
@@ -384,12 +393,11 @@ def test_a_paused_request_goes_on_under_the_new_weights(restored: Server) -> Non
 
 
 def test_an_update_while_a_request_runs(restored: Server) -> None:
-    parts = started(restored, "during")
-    next(parts)
+    running = Started(restored, "during")
     body = {"model_path": str(restored.folders[1]), "weight_version": "13"}
     updated = restored.post("/update_weights_from_disk", body)
     assert updated.status_code == 200
-    spans = list(parts)[-1]["meta_info"]["weight_versions"]
+    spans = running.last()["meta_info"]["weight_versions"]
     waits = DIFFERENCES["an update while requests run"].of(restored.kind) == "waits for them"
     assert [span["version"] for span in spans] == (["default"] if waits else ["default", "13"])
     assert restored.version == "13"
