@@ -10,6 +10,7 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_a_stream_grows_to_the_whole_answer(server: Server) -> None:
     assert end == "[DONE]" and len(parts) >= 2
     whole = server.generate(**body)
     rows = [json.loads(part) for part in parts]
-    for before, after in zip(rows, rows[1:]):
+    for before, after in pairwise(rows):
         assert after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
         assert before["meta_info"]["finish_reason"] is None
     assert rows[-1]["output_ids"] == whole["output_ids"] and rows[-1]["text"] == whole["text"]
@@ -218,8 +219,8 @@ def test_a_stream_grows_to_the_whole_answer(server: Server) -> None:
 
 
 class Started:
-    """A long request of which at least one token is there. Its answer is read as it comes, in a thread of its own: SGLang
-    waits for a reader, and what waits for the request would wait with it."""
+    """A long request of which at least one token is there. Its answer is read as it comes, in a thread of its own:
+    SGLang waits for a reader, and what waits for the request would wait with it."""
 
     def __init__(self, server: Server, rid: str) -> None:
         body = {"input_ids": PROMPT, "sampling_params": LONG, "stream": True, "rid": rid, "return_logprob": True}
