@@ -7,6 +7,7 @@ purpose, `differences.py` says how, and the test expects that.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -206,7 +207,7 @@ def test_a_stream_grows_to_the_whole_answer(server: Server) -> None:
     assert end == "[DONE]" and len(parts) >= 2
     whole = server.generate(**body)
     rows = [json.loads(part) for part in parts]
-    for before, after in zip(rows, rows[1:]):
+    for before, after in itertools.pairwise(rows):
         assert after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
         assert before["meta_info"]["finish_reason"] is None
     assert rows[-1]["output_ids"] == whole["output_ids"] and rows[-1]["text"] == whole["text"]
@@ -218,8 +219,11 @@ def test_a_stream_grows_to_the_whole_answer(server: Server) -> None:
 
 
 class Started:
-    """A long request of which at least one token is there. Its answer is read as it comes, in a thread of its own: SGLang
-    waits for a reader, and what waits for the request would wait with it."""
+    """A long request of which at least one token is there.
+
+    Its answer is read as it comes, in a thread of its own: SGLang waits for a reader, and what waits for the request
+    would wait with it.
+    """
 
     def __init__(self, server: Server, rid: str) -> None:
         body = {"input_ids": PROMPT, "sampling_params": LONG, "stream": True, "rid": rid, "return_logprob": True}
@@ -313,14 +317,12 @@ def says(server: Server) -> list[int]:
 
 def test_weights_from_disk(restored: Server) -> None:
     before = says(restored)
-    answer = restored.ask(
-        "/update_weights_from_disk", {"model_path": str(restored.folders[1]), "weight_version": "7"}
-    )
+    answer = restored.ask("/update_weights_from_disk", {"model_path": str(restored.folders[1]), "weight_version": "7"})
     assert answer["success"] is True and answer["num_paused_requests"] == 0
     assert restored.version == "7" and says(restored) != before
-    score = restored.generate(
-        input_ids=PROMPT, sampling_params=greedy(1), return_logprob=True, logprob_start_len=0
-    )["meta_info"]
+    score = restored.generate(input_ids=PROMPT, sampling_params=greedy(1), return_logprob=True, logprob_start_len=0)[
+        "meta_info"
+    ]
     expected = reference(restored.folders[1], PROMPT).tolist()
     assert logprobs(score["input_token_logprobs"][1:]) == pytest.approx(expected, abs=AGREE)
 
@@ -408,8 +410,9 @@ def test_the_weights_checker(restored: Server) -> None:
     assert total["success"] is True and total["per_engine_checksum"]
     assert restored.ask("/weights_checker", {"action": "snapshot"})["success"] is True
     assert restored.ask("/weights_checker", {"action": "reset_tensors"})["success"] is True
-    assert restored.ask("/weights_checker", {"action": "checksum"})["per_engine_checksum"] != (
-        total["per_engine_checksum"]
+    assert (
+        restored.ask("/weights_checker", {"action": "checksum"})["per_engine_checksum"]
+        != (total["per_engine_checksum"])
     )
     restored.ask("/update_weights_from_disk", {"model_path": str(restored.folders[0]), "weight_version": "14"})
     compared = restored.post("/weights_checker", {"action": "compare"})
@@ -598,3 +601,11 @@ def test_control_requests_that_make_no_sense(server: Server) -> None:
     assert server.post("/pause_generation", {"mode": "x"}).status_code == 400
     assert server.post("/abort_request", {}).status_code == DIFFERENCES["abort without rid"].of(server.kind)
     assert server.get("/nothing").status_code == 404
+
+
+def test_each_difference_is_documented() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "engines.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    documented = {row[0]: row for row in rows}
+    for what in DIFFERENCES:
+        assert len(documented[what]) == 4, what

@@ -130,7 +130,7 @@ def test_who_serves_another_version_does_not_go_on() -> None:
 def test_a_bucket_must_fit_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     room = type("Room", (), {"f_bavail": 1, "f_frsize": 4096})()
     monkeypatch.setattr("os.statvfs", lambda _: room)
-    with pytest.raises(FlagError, match="--update-weight-buffer-size: a bucket of .* does not fit the 4096 bytes"):
+    with pytest.raises(FlagError, match=r"--update-weight-buffer-size: a bucket of .* does not fit the 4096 bytes"):
         TensorDelivery(2**20).deliver([Recorded(0)], {"x": torch.zeros(10_000)}, "3")
 
 
