@@ -5,6 +5,7 @@
 
     app          the FastAPI app: own endpoints, and the lane that takes every other path past FastAPI
     forward      one request's way to an engine and back: attempts, limits, streaming
+    message      what the router reads and writes itself: heads, refusals
     upstream     HTTP/1.1 connections to engines: bytes in, bytes out
     balance      the table of engines: who is next, who is held
     health       who is quarantined, and who comes back

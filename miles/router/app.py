@@ -28,7 +28,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from miles import __version__
 from miles.router.doors import Door, note_cut, run_cuttable
-from miles.router.forward import Receive, ResponseCut, Scope, Send
+from miles.router.message import Receive, ResponseCut, Scope, Send
 
 if TYPE_CHECKING:
     from miles.hooks import Hook

@@ -13,7 +13,7 @@ from typing import Any
 
 from miles.hooks import Hook, bind
 from miles.hooks.card import card
-from miles.router.forward import App, Message, Receive, ResponseCut, Scope, Send, send_error
+from miles.router.message import App, Message, Receive, ResponseCut, Scope, Send, send_error
 
 logger = logging.getLogger("miles.router")
 

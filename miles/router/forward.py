@@ -16,25 +16,17 @@ somebody who watches for the client to hang up, those over the time limit are en
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
 from miles.router.balance import WorkerTable
 from miles.router.gate import Gate, LineFull
+from miles.router.message import Outgoing, Receive, Refused, ResponseCut, Scope, Send, send_error
 from miles.router.settings import RouterSettings
-from miles.router.upstream import HOP_BY_HOP, Connection, Headers, Upstream, UpstreamError
+from miles.router.upstream import Connection, Upstream, UpstreamError
 
 logger = logging.getLogger("miles.router")
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 REPLAY = 1024 * 1024
 """Bytes of a request's body that are kept for another attempt. A longer body is sent as it arrives, to one engine."""
@@ -52,31 +44,6 @@ GONE, TIMEOUT, STOPPING = "the client hung up", "timeout", "stopping"
 
 CLIENT_GONE = 499
 """Status that nobody reads: the client hung up."""
-
-# Request headers that are not sent on: those of the connection, and those that are made anew.
-_DROPPED = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
-_AFFINITY = frozenset((b"x-miles-session", b"x-session-id", b"x-miles-routing-key"))
-_LOOKED_AT = _DROPPED | _AFFINITY
-_SESSIONS = "/sessions/"
-
-
-class Refused(Exception):
-    """The router answers itself: status and a sentence."""
-
-    def __init__(self, status: int, message: str, *, retry_after_s: int | None = None) -> None:
-        self.status, self.message, self.retry_after_s = status, message, retry_after_s
-        super().__init__(message)
-
-
-class ResponseCut(Exception):
-    """An answer broke off after its head had gone out; the connection to the client has to be cut.
-
-    Where a middleware has held the head back, the client gets `status` and the sentence instead.
-    """
-
-    def __init__(self, message: str, status: int = 502) -> None:
-        self.status = status
-        super().__init__(message)
 
 
 class Flight:
@@ -96,56 +63,6 @@ class Flight:
         if self.why is None and self.task is not None:
             self.why = why
             self.task.cancel()
-
-
-class Outgoing:
-    """The head of a request as an engine gets it.
-
-    `length`: the body's, None where the client did not say. `key`: for affinity.
-    """
-
-    __slots__ = ("key", "length", "lines", "method", "target")
-
-    def __init__(self, scope: Scope) -> None:
-        self.method: str = scope["method"]
-        target: bytes = scope.get("raw_path") or scope["path"].encode()
-        query: bytes = scope["query_string"]
-        self.target = target + b"?" + query if query else target
-        self.length: int | None = None
-        self.key: bytes | None = None
-        self.lines = b""
-        lines, named = [], b""
-        for name, value in scope["headers"]:
-            if name in _LOOKED_AT:
-                if name == b"content-length":
-                    self.length = int(value)
-                elif name in _AFFINITY:
-                    self.key = self.key or value
-                elif name == b"connection" and value.lower() not in (b"keep-alive", b"close"):
-                    named += b"," + value.lower()
-                if name in _DROPPED:
-                    continue
-            lines.append(name + b": " + value)
-        if named:
-            also = {token.strip() for token in named.split(b",")}
-            lines = [line for line in lines if line.partition(b":")[0] not in also]
-        if lines:
-            lines.append(b"")
-        self.lines = b"\r\n".join(lines)
-        path: str = scope["path"]
-        if path.startswith(_SESSIONS):
-            self.key = path[len(_SESSIONS) :].partition("/")[0].encode()
-
-    def head(self, upstream: Upstream, length: int | None) -> bytes:
-        """`length` None: the body follows in chunks."""
-        framing = b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length
-        if length == 0 and self.length is None:
-            return b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b\r\n" % (
-                self.method.encode(), upstream.prefix, self.target, upstream.authority, self.lines,
-            )  # fmt: skip
-        return b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n\r\n" % (
-            self.method.encode(), upstream.prefix, self.target, upstream.authority, self.lines, framing,
-        )  # fmt: skip
 
 
 class Forwarder:
@@ -450,13 +367,3 @@ async def _watch(flight: Flight) -> None:
     while (await flight.receive())["type"] != "http.disconnect":
         pass
     flight.stop(GONE)
-
-
-async def send_error(send: Send, status: int, message: str, *, retry_after_s: int | None = None) -> None:
-    """`{"error": {"message": ..., "code": ...}}`."""
-    body = json.dumps({"error": {"message": message, "code": status}}).encode()
-    headers: Headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if retry_after_s is not None:
-        headers.append((b"retry-after", b"%d" % retry_after_s))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -18,8 +18,9 @@ from fastapi.responses import JSONResponse
 from miles.router.app import bad_request, create_app, json_object
 from miles.router.balance import WorkerTable, WorkerUrlError, worker_url
 from miles.router.doors import bound_middlewares
-from miles.router.forward import Forwarder, Message
+from miles.router.forward import Forwarder
 from miles.router.health import HealthMonitor, health_error
+from miles.router.message import Message
 from miles.router.metrics import prometheus
 from miles.router.settings import RouterSettings
 

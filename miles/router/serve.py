@@ -130,28 +130,28 @@ def die_with_parent(parent: int) -> None:
 # ---- miles route -----------------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="miles route", description="One address in front of several engines: balance, retries, health, middleware."
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--worker-urls", nargs="+", default=[], metavar="URL", help="engines, http://HOST:PORT")
-    parser.add_argument(
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    made.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
+    made.add_argument("--worker-urls", nargs="+", default=[], metavar="URL", help="engines, http://HOST:PORT")
+    made.add_argument(
         "--middleware", nargs="+", metavar="PATH", help="Starlette middleware classes, the outermost last"
     )
-    parser.add_argument("--hf-checkpoint", metavar="DIR", help="tokenizer of the models: turns on /sessions")
-    parser.add_argument(
+    made.add_argument("--hf-checkpoint", metavar="DIR", help="tokenizer of the models: turns on /sessions")
+    made.add_argument(
         "--timeout", type=float, metavar="S", help="seconds that a request may take; no limit by default"
     )
-    parser.add_argument("--max-connections", type=int, metavar="N", help="requests on their way; more wait in line")
-    parser.add_argument("--max-waiting", type=int, metavar="N", help="requests in line; more are answered with 429")
-    parser.add_argument("--max-body-mb", type=int, metavar="N", help="size of a request; more is answered with 413")
-    parser.add_argument("--worker-wait", type=float, metavar="S", help="wait of a request while no worker may serve")
-    parser.add_argument("--health-interval", type=float, metavar="S", help="seconds between two health checks")
-    parser.add_argument("--health-failures", type=int, metavar="N", help="failures in a row that quarantine a worker")
-    parser.add_argument("--args-fd", type=int, metavar="FD", help="inherited file with the pickled args of a run")
-    return parser
+    made.add_argument("--max-connections", type=int, metavar="N", help="requests on their way; more wait in line")
+    made.add_argument("--max-waiting", type=int, metavar="N", help="requests in line; more are answered with 429")
+    made.add_argument("--max-body-mb", type=int, metavar="N", help="size of a request; more is answered with 413")
+    made.add_argument("--worker-wait", type=float, metavar="S", help="wait of a request while no worker may serve")
+    made.add_argument("--health-interval", type=float, metavar="S", help="seconds between two health checks")
+    made.add_argument("--health-failures", type=int, metavar="N", help="failures in a row that quarantine a worker")
+    made.add_argument("--args-fd", type=int, metavar="FD", help="inherited file with the pickled args of a run")
+    return made
 
 
 # Flag -> attribute of `args`, the smallest value, the factor between them.
@@ -199,7 +199,7 @@ def _inherited(fd: int) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """`miles route`: print the address, serve until SIGINT or SIGTERM. Returns the exit status."""
     parent = os.getppid()
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         if options.args_fd is not None:

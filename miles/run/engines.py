@@ -86,7 +86,9 @@ def start(
 def _model_facts(config: RunConfig, args: Namespace) -> None:
     """Facts of the model under the names that Megatron's flags have: who decodes routed experts reads them."""
     shape = DecoderShape.from_config(load_config(str(config.rollout.hf_checkpoint)))
-    args.num_layers, args.moe_router_topk = shape.num_layers, shape.top_k
+    args.num_layers = shape.num_layers
+    if shape.top_k:
+        args.moe_router_topk = shape.top_k
 
 
 # ---- in this process -----------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ from miles.hooks.point import PlugPoint, allowed_policies
 from miles.observe.record import read_rollouts
 from miles.rollout.dataset import read_rows
 from miles.rollout.generate_hub import multi_turn
+from miles.router import serve as route
 from miles.trial.table import why_not_replayed
 from miles.types import Sample
 
@@ -169,6 +170,8 @@ def check_miles(words: list[str]) -> None:
         parse(argv)
     elif name == "serve":
         command.parser().parse_args([word for word in argv if word != "&"])
+    elif name == "route":
+        route.parser().parse_args(argv)
     elif name == "replay":
         assert len(argv) >= 1
     else:
@@ -324,7 +327,7 @@ def known_flags() -> set[str]:
     found = {*parser.options, "--help", "--help-all", "--version"}
     folders = ("miles/hooks", "miles/trial", "miles/run", "benchmarks")
     sources = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
-    for file in [*sources, *(ROOT / "examples").glob("*/*.py"), Path(command.__file__)]:
+    for file in [*sources, *(ROOT / "examples").glob("*/*.py"), Path(command.__file__), Path(route.__file__)]:
         found |= set(re.findall(r"\badd(?:_argument)?\(\s*\"(--[\w-]+)\"", file.read_text()))
     return found
 

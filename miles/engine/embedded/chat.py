@@ -15,7 +15,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -33,6 +33,8 @@ from miles.engine.chat_protocol import (
     usage_json,
 )
 from miles.engine.embedded.engine import EmbeddedEngine
+from miles.engine.embedded.generate_routes import Load, generate_all
+from miles.engine.embedded.http import CLIENT_GONE, Limits, read_object, while_connected
 from miles.engine.protocol import BadRequestError, GenerateRequest, GenerateResult, Json
 from miles.errors import EngineError
 from miles.rollout.generate_utils.chat_template import ChatTemplateError, render
@@ -40,19 +42,15 @@ from miles.rollout.generate_utils.tool_call_parsers import create_tool_call_pars
 
 T = TypeVar("T")
 
-DISCONNECT_POLL_S = 0.2
-"""How often a waiting answer looks whether its client is still there."""
-
-CLIENT_GONE = 499
-"""Status that nobody reads: the client hung up."""
-
 # What a chat template contains that writes tool calls in a format -> the name of its parser.
 _SIGNS = {"<tool_call>": "qwen25", "<|python_tag|>": "llama3"}
 
 
-def mount_chat(app: FastAPI, engine: EmbeddedEngine, *, tool_call_parser: str | None = None) -> None:
+def mount_chat(
+    app: FastAPI, engine: EmbeddedEngine, limits: Limits, load: Load, *, tool_call_parser: str | None = None
+) -> None:
     """Add the two routes. `tool_call_parser` None guesses the format from the chat template."""
-    chat = _Chat(engine, tool_call_parser or guess_tool_call_parser(engine.tokenizer))
+    chat = _Chat(engine, limits, load, tool_call_parser or guess_tool_call_parser(engine.tokenizer))
     model = {
         "id": engine.model_path or "default",
         "object": "model",
@@ -86,11 +84,11 @@ def guess_tool_call_parser(tokenizer: Any) -> str | None:
 class _Chat:
     """Answers chat completions with one engine."""
 
-    def __init__(self, engine: EmbeddedEngine, tool_call_parser: str | None) -> None:
-        self.engine, self.tool_call_parser = engine, tool_call_parser
+    def __init__(self, engine: EmbeddedEngine, limits: Limits, load: Load, tool_call_parser: str | None) -> None:
+        self.engine, self.limits, self.load, self.tool_call_parser = engine, limits, load, tool_call_parser
 
     async def answer(self, http: Request) -> Response:
-        request = ChatRequest.from_payload(await _body(http))
+        request = ChatRequest.from_payload(await read_object(http, self.limits, half_characters=True))
         try:
             return await self._answered(request, http)
         except BadRequestError as error:
@@ -101,7 +99,7 @@ class _Chat:
         rid, created = request.rid or f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         if request.stream:
             return await self._streamed(request, prompt, rid, created, http)
-        results = await _while_connected(http, self._generate(request, prompt, rid))
+        results = await while_connected(http, self._generate(request, prompt, rid))
         if results is None:
             return Response(status_code=CLIENT_GONE)
         choices = [self._choice(request, prompt, i, result) for i, result in enumerate(results)]
@@ -122,14 +120,9 @@ class _Chat:
 
     async def _generate(self, request: ChatRequest, prompt: list[int], rid: str) -> list[GenerateResult]:
         """The results of all choices; if one fails or the caller goes away, the others are aborted."""
-        tasks = [asyncio.ensure_future(self.engine.generate(r)) for r in request.generate_requests(prompt, rid)]
-        try:
-            return list(await asyncio.gather(*tasks))
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+        singles = request.generate_requests(prompt, rid)
+        with self.load.of(len(singles)):
+            return await generate_all(self.engine, singles)
 
     # ---- whole answers -------------------------------------------------------------------------------------------
 
@@ -161,7 +154,7 @@ class _Chat:
     ) -> Response:
         """The stream, once there is something to say: a refused request is answered with its status."""
         results = self._partial_results(request, prompt, rid)
-        first = await _while_connected(http, anext(results))
+        first = await while_connected(http, anext(results))
         if first is None:
             return Response(status_code=CLIENT_GONE)
         return StreamingResponse(self._events(request, rid, created, first, results), media_type="text/event-stream")
@@ -181,19 +174,20 @@ class _Chat:
                 arrived.put_nowait(error)
 
         singles = request.generate_requests(prompt, rid)
-        readers = [asyncio.create_task(read(i, single), name=f"chat {single.rid}") for i, single in enumerate(singles)]
         running = len(singles)
-        try:
-            while running:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                running -= item[1].finish_reason is not None
-                yield item
-        finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+        with self.load.of(running):
+            readers = [asyncio.create_task(read(i, one), name=f"chat {one.rid}") for i, one in enumerate(singles)]
+            try:
+                while running:
+                    item = await arrived.get()
+                    if isinstance(item, Exception):
+                        raise item
+                    running -= item[1].finish_reason is not None
+                    yield item
+            finally:
+                for reader in readers:
+                    reader.cancel()
+                await asyncio.gather(*readers, return_exceptions=True)
 
     async def _events(
         self, request: ChatRequest, rid: str, created: int, first: tuple[int, GenerateResult],
@@ -260,29 +254,6 @@ def _call_json(place: int, call: Any) -> Json:
         "type": "function",
         "function": {"name": call.name, "arguments": call.parameters},
     }
-
-
-async def _body(request: Request) -> Json:
-    raw = await request.body()
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError(f"the body is not JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise BadRequestError(f"the body must be a JSON object, got {type(body).__name__}.")
-    return body
-
-
-async def _while_connected(request: Request, answer: Awaitable[T]) -> T | None:
-    """The value of `answer`; None, and it cancelled, where the client hangs up before it is there."""
-    waiting = asyncio.ensure_future(answer)
-    try:
-        while not (await asyncio.wait([waiting], timeout=DISCONNECT_POLL_S))[0]:
-            if await request.is_disconnected():
-                return None
-    finally:
-        waiting.cancel()  # a finished one does not mind
-    return waiting.result()
 
 
 # ---- tokens as text --------------------------------------------------------------------------------------------------

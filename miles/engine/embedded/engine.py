@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -54,6 +55,9 @@ SETTLE_PASSES = 12
 
 SETTLE_TIMEOUT_S = 5.0
 """How long the engine waits for a home loop that does not turn (a plug-in blocks it)."""
+
+FIRST_TOKEN_S = 0.05
+"""How long the engine waits for readers of streams to take their first token."""
 
 BURST_STEPS = 16
 """Most steps between two looks at the inbox's lock; a request that ends or an inbox entry cuts a burst short."""
@@ -367,11 +371,23 @@ class EmbeddedEngine(EngineControl):
             del self._replies[running]
             self._streams.pop(running, None)
         self._scheduler.finished = []
-        for running, progress in self._streams.items():
-            with contextlib.suppress(RuntimeError):  # the reader's loop is closed
-                progress.tell(self._replies[running].loop)
+        if self._streams:
+            self._tell_streams()
         for loop, deliveries in by_loop.items():
             self._hand_over(loop, deliveries)
+
+    def _tell_streams(self) -> None:
+        """Wake readers for their new tokens. A first token is waited for until its reader has it: a small model would
+        be done before a busy loop turns, and the whole answer come as one chunk."""
+        deadline = time.monotonic() + FIRST_TOKEN_S
+        for running, progress in self._streams.items():
+            if running.logprobs:
+                with contextlib.suppress(RuntimeError):  # the reader's loop is closed
+                    progress.tell(self._replies[running].loop)
+        for running, progress in self._streams.items():
+            if running.logprobs and not progress.first_shown.is_set():
+                progress.first_shown.wait(max(0.0, deadline - time.monotonic()))
+                progress.first_shown.set()  # once, whether it came or not
 
     def _fail_all(self, error: EngineError) -> None:
         self._scheduler.fail_all()

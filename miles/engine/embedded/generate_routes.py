@@ -72,7 +72,7 @@ def add_generate_routes(app: FastAPI, engine: EmbeddedEngine, limits: Limits, lo
         if payload.get("stream"):
             return EventStream(_events(engine, requests, load, batch=batch))
         with load.of(len(requests)):
-            results = await while_connected(request, _results(engine, requests))
+            results = await while_connected(request, generate_all(engine, requests))
         if results is None:
             return Response(status_code=CLIENT_GONE)
         answers = [result.to_json() for result in results]
@@ -97,8 +97,8 @@ async def _prepared(engine: EmbeddedEngine, request: GenerateRequest) -> Generat
     return request
 
 
-async def _results(engine: EmbeddedEngine, requests: list[GenerateRequest]) -> list[GenerateResult]:
-    """All of them; if one fails, or whoever waits goes away, the others are aborted."""
+async def generate_all(engine: EmbeddedEngine, requests: list[GenerateRequest]) -> list[GenerateResult]:
+    """The results of all; if one fails, or whoever waits goes away, the others are aborted."""
     ready = [await _prepared(engine, request) for request in requests]
     if len(ready) == 1:
         return [await engine.generate(ready[0])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -86,20 +86,21 @@ async def read_body(request: Request, limit: int | None, patience_s: float) -> b
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def read_object(request: Request, limits: Limits) -> Json:
-    """The JSON object of a request; nothing at all counts as `{}`."""
-    return decoded(await read_body(request, limits.body_bytes, limits.body_patience_s))
+async def read_object(request: Request, limits: Limits, *, half_characters: bool = False) -> Json:
+    """The JSON object of a request; nothing at all counts as `{}`. `half_characters`: the endpoint can take them."""
+    raw = await read_body(request, limits.body_bytes, limits.body_patience_s)
+    return decoded(raw, half_characters=half_characters)
 
 
-def decoded(raw: bytes) -> Json:
-    """BadRequestError says what is wrong with the JSON."""
+def decoded(raw: bytes, *, half_characters: bool = False) -> Json:
+    """BadRequestError says what is wrong with the JSON; one half of a surrogate pair is wrong unless it may come."""
     if not raw:
         return {}
     try:
         text = raw.decode()
         body = json.loads(text, parse_constant=_no_constant)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        if not half_characters and ("\\ud" in text or "\\uD" in text):
+            json.dumps(body, ensure_ascii=False).encode()
     except RecursionError as error:
         raise BadRequestError("the body is not usable: its JSON is nested too deeply.") from error
     except ValueError as error:
@@ -186,7 +187,7 @@ def add_error_handlers(app: FastAPI) -> None:
 # ---- clients that hang up --------------------------------------------------------------------------------------------
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+async def while_connected(request: Request, work: Awaitable[T]) -> T | None:
     """The value of `work`; None, and `work` cancelled, where the client hangs up first. Its body has been read."""
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(until_gone(request.receive))

@@ -8,6 +8,7 @@ skips chunks: each says all that there is, so nothing piles up.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Progress:
     def __init__(self, request: GenerateRequest, tokenizer: Any, version: Callable[[], str]) -> None:
         self.running: Running | None = None  # set by the engine's thread
         self.news = asyncio.Event()
+        self.first_shown = threading.Event()
         self._version, self._shown = version, 0
         self._told = False
         self._text = None if tokenizer is None else TextSoFar(request, tokenizer)
@@ -78,6 +80,7 @@ class Progress:
             num, spans = len(r.logprobs), list(r.spans)
             if version == self._version():
                 break
+        self.first_shown.set()
         self._shown, ids = num, r.ids[r.prompt_len : r.prompt_len + num]
         start = spans[-1].end if spans else 0
         if num > start:

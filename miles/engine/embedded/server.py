@@ -70,7 +70,7 @@ def create_app(
     add_control_routes(app, engine, limits)
     add_weight_routes(app, engine, limits, shared)
     add_router_part(app, own_url)
-    mount_chat(app, engine, tool_call_parser=tool_call_parser)
+    mount_chat(app, engine, limits, load, tool_call_parser=tool_call_parser)
     return app
 
 

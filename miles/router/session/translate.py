@@ -105,18 +105,19 @@ def full(request: Mapping[str, Any], created: int) -> Json:
 
 def events(request: Mapping[str, Any], response: Json) -> Iterator[str]:
     """The answer as the server-sent events of a stream, with the usage where `stream_options` ask for it."""
-    common = {key: response[key] for key in ("id", "created", "model") if key in response}
+    common: Json = {key: response[key] for key in ("id", "created", "model") if key in response}
     wants_usage = bool((request.get("stream_options") or {}).get("include_usage"))
 
     def event(choices: list[Json], usage: Any = None) -> str:
-        chunk = {**common, "object": "chat.completion.chunk", "choices": choices}
+        chunk: Json = {**common, "object": "chat.completion.chunk", "choices": choices}
         if wants_usage:
             chunk["usage"] = usage
         return f"data: {json.dumps(chunk)}\n\n"
 
     for choice in response["choices"]:
         for delta, more in _deltas(choice, bool(request.get("logprobs"))):
-            yield event([{"index": choice.get("index", 0), "delta": delta, "finish_reason": None, **more}])
+            entry: Json = {"index": choice.get("index", 0), "delta": delta, "finish_reason": None}
+            yield event([entry | more])
     if wants_usage:
         yield event([], response.get("usage"))
     yield "data: [DONE]\n\n"
