@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conformance_models import CONTEXT, EOS, LAYERS, TOP_K, VOCAB
-from conftest import PATIENCE_S, Server, until
+from conformance_server import PATIENCE_S, Server, until
 from differences import DIFFERENCES, ENDS
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
