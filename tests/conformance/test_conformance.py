@@ -7,10 +7,10 @@ purpose, `differences.py` says how, and the test expects that.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import threading
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conformance_models import CONTEXT, EOS, LAYERS, TOP_K, VOCAB
-from conftest import PATIENCE_S, Server, until
+from conformance_server import PATIENCE_S, Server, until
 from differences import DIFFERENCES, ENDS
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
@@ -207,7 +207,7 @@ def test_a_stream_grows_to_the_whole_answer(server: Server) -> None:
     assert end == "[DONE]" and len(parts) >= 2
     whole = server.generate(**body)
     rows = [json.loads(part) for part in parts]
-    for before, after in pairwise(rows):
+    for before, after in itertools.pairwise(rows):
         assert after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
         assert before["meta_info"]["finish_reason"] is None
     assert rows[-1]["output_ids"] == whole["output_ids"] and rows[-1]["text"] == whole["text"]
@@ -219,8 +219,11 @@ def test_a_stream_grows_to_the_whole_answer(server: Server) -> None:
 
 
 class Started:
-    """A long request of which at least one token is there. Its answer is read as it comes, in a thread of its own:
-    SGLang waits for a reader, and what waits for the request would wait with it."""
+    """A long request of which at least one token is there.
+
+    Its answer is read as it comes, in a thread of its own: SGLang waits for a reader, and what waits for the request
+    would wait with it.
+    """
 
     def __init__(self, server: Server, rid: str) -> None:
         body = {"input_ids": PROMPT, "sampling_params": LONG, "stream": True, "rid": rid, "return_logprob": True}
