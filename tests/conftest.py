@@ -16,11 +16,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 HERE = Path(__file__).parent
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """The tests of a file stay together, because they share what is costly to set up; so do those of all plug points,
-    the last of which asks what the others have called."""
-    for item in items:
-        file = item.path.relative_to(HERE)
-        group = "hooks" if file.parts[0] == "hooks" else str(file)
-        item.add_marker(pytest.mark.xdist_group(group))
+    the last of which asks what the others have called, and those with several ranks, which fill all cores alone."""
+    file = item.path.relative_to(HERE)
+    group = file.parts[0] if file.parts[0] in ("hooks", "parallel") else str(file)
+    item.add_marker(pytest.mark.xdist_group(group))

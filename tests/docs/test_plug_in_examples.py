@@ -210,7 +210,7 @@ def test_its_command_is_accepted(name: str, capsys: pytest.CaptureFixture[str]) 
 def test_every_one_that_is_called_takes_part_in_a_run() -> None:
     called = {name for name in CATALOG if command_of(name)[1] == "train"}
     called.remove("miles_router_middleware")  # it lives in the router's process; requests pass it in a test below
-    assert sorted(POLICY + WHOLE + MEGATRON + CONVERSATION) == sorted(called)
+    assert sorted((*POLICY, *WHOLE, *MEGATRON, *CONVERSATION, "custom_agent_function")) == sorted(called)
 
 
 # ---- a run with the policy loss ------------------------------------------------------------------------------------
