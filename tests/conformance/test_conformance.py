@@ -7,6 +7,7 @@ purpose, `differences.py` says how, and the test expects that.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -206,7 +207,7 @@ def test_a_stream_grows_to_the_whole_answer(server: Server) -> None:
     assert end == "[DONE]" and len(parts) >= 2
     whole = server.generate(**body)
     rows = [json.loads(part) for part in parts]
-    for before, after in zip(rows, rows[1:]):
+    for before, after in itertools.pairwise(rows):
         assert after["output_ids"][: len(before["output_ids"])] == before["output_ids"]
         assert before["meta_info"]["finish_reason"] is None
     assert rows[-1]["output_ids"] == whole["output_ids"] and rows[-1]["text"] == whole["text"]
