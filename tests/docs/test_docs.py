@@ -196,6 +196,9 @@ def test_commands_in_sentences(command: Command, workplace: Path) -> None:
 def test_console_prints_that(command: Command, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program, name, *argv = command.words
     assert program == "miles"
+    for block in blocks("python"):  # files that the page has its reader write before
+        if str(block).partition(":")[0] == command.where.partition(":")[0] and "write_text" in block.text:
+            exec(compile(block.text, str(block), "exec"), {"__name__": "documentation"})
     if name == "train":  # shown for its refusal; the run itself would take long
         with pytest.raises(MilesError) as refused:
             parse(argv)

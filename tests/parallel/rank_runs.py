@@ -23,7 +23,7 @@ PLUG_INS = Path(__file__).with_name("rank_plug_ins.py")
 
 # Metrics that measure the machine and not the run.
 CLOCKED = ("perf/", "hooks/", "_time")
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 # How long processes may outlive what they worked for.
 SECONDS_TO_END = 10.0
 
