@@ -15,9 +15,11 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 K ?=
-# All tests run in two processes with one thread each; a selection in one, which is quicker for few tests.
+PYTEST_ARGS := $(if $(K),-k "$(K)") $(if $(SLOW),,-m "not slow")
+# Without K, most files run in two processes of one thread each. Alone run those whose ranks fill the cores, and those
+# of the plug points, the last of which asks what the others have called.
 WORKERS ?= 2
-PYTEST_ARGS := $(if $(K),-k "$(K)",-n $(WORKERS) --dist loadgroup) $(if $(SLOW),,-m "not slow")
+ALONE := tests/hooks tests/parallel
 
 .PHONY: quickstart test check bench conformance base clean
 
@@ -25,7 +27,12 @@ quickstart: $(INSTALLED)
 	$(BIN)/miles train --config examples/quickstart/carry.yaml
 
 test: $(INSTALLED_DEV)
-	$(if $(K),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(PYTEST_ARGS)
+ifdef K
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+else
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -n $(WORKERS) --dist loadfile $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ALONE)
+endif
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
