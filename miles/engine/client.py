@@ -14,14 +14,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
 
 from miles.engine.protocol import BadRequestError, GenerateRequest, GenerateResult, Json, is_batch
 from miles.errors import EngineError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -134,9 +136,15 @@ async def generate_json(engine: LocalEngine, payload: Json) -> Any:
         raise BadRequestError("stream: this call returns one answer. Post to the engine's address to read a stream.")
     if not is_batch(payload):
         return (await engine.generate(requests[0])).to_json()
-    tasks = [asyncio.ensure_future(engine.generate(request)) for request in requests]
+    results = await gather_or_cancel(engine.generate(request) for request in requests)
+    return [result.to_json() for result in results]
+
+
+async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """`asyncio.gather` that leaves nothing running behind: the first error cancels the rest and is raised."""
+    tasks = [asyncio.ensure_future(c) for c in coroutines]
     try:
-        return [result.to_json() for result in await asyncio.gather(*tasks)]
+        return await asyncio.gather(*tasks)
     except BaseException:
         for task in tasks:
             task.cancel()

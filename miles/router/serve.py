@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import pickle
@@ -27,6 +26,7 @@ import uvloop
 
 from miles.engine.guard import Guard, is_loopback, token_of_process
 from miles.engine.listen import bind_port, url_of
+from miles.engine.parent import die_with
 from miles.errors import FlagError, UsageError
 from miles.router.balance import WorkerUrlError, worker_url
 from miles.router.router import MilesRouter
@@ -37,8 +37,6 @@ KEEP_ALIVE_S = 75
 
 GRACE_S = 1.0
 """How long requests in flight may go on when the router is told to stop; then they are answered with 503."""
-
-PR_SET_PDEATHSIG = 1
 
 OPEN_PATHS = (
     "/generate",
@@ -119,14 +117,6 @@ def raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def die_with_parent(parent: int) -> None:
-    """Let the kernel end this process together with the one that started it. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 # ---- miles route -----------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
         if options.args_fd is not None:
-            die_with_parent(parent)
+            die_with(parent)
         args = _args_of(options)
         raise_open_files()
         with bind_port(options.host, options.port, flag="--port") as listener:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from miles.engine.client import gather_or_cancel
 from miles.engine.embedded.engine import EmbeddedEngine
 from miles.engine.embedded.http import CLIENT_GONE, EventStream, Limits, json_response, read_object, while_connected
 from miles.engine.protocol import (
@@ -102,14 +103,7 @@ async def generate_all(engine: EmbeddedEngine, requests: list[GenerateRequest]) 
     ready = [await _prepared(engine, request) for request in requests]
     if len(ready) == 1:
         return [await engine.generate(ready[0])]
-    tasks = [asyncio.ensure_future(engine.generate(request)) for request in ready]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
+    return await gather_or_cancel(engine.generate(request) for request in ready)
 
 
 async def _events(
