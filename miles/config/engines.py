@@ -194,6 +194,11 @@ READ_WHEN: list[tuple[tuple[str, ...], Callable[[Draft, bool], bool], str]] = [
         "the one engine of this run is inside its process, and nobody gives up waiting for it.",
     ),
     (
+        ("colocate", "offload", "offload_rollout"),
+        lambda draft, own: own and draft["rollout_engine"] != "external",
+        "the engines are none that this run starts beside the trainer.",
+    ),
+    (
         ("sglang_python",),
         lambda draft, own: draft["rollout_engine"] == "sglang",
         "no SGLang server is started (--rollout-engine).",

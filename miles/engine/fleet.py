@@ -92,6 +92,7 @@ class Fleet:
         self._changed = threading.Condition()
         self._closing = False
         self._writing = False
+        self._offloaded = False
         self._checks = ThreadPoolExecutor(max(1, len(members)), thread_name_prefix="miles-health")
         self._checking: set[Member] = set()
         self._supervisor = threading.Thread(target=self._supervise, name="miles-fleet", daemon=True)
@@ -155,6 +156,13 @@ class Fleet:
             if self._delivery is not None:
                 self._drop(self._delivery.before_writing(self.serving))
 
+    def release_memory(self) -> None:
+        """`--offload-rollout`: engines give their memory back until `update_weights`; none is admitted before."""
+        with self._weights:
+            self._writing = self._offloaded = True
+            self._drop(of_each(self.serving, Member.release_memory))
+        self.raise_failure()
+
     def update_weights(self, tensors: Mapping[str, Tensor], version: str) -> None:
         """Make every engine that serves generate from `tensors` as `version`; engines that cannot are lost.
 
@@ -164,14 +172,15 @@ class Fleet:
             first = not self._tensors
             self._tensors, self.version = tensors, version
             if self._delivery is not None:
-                members = self.serving
-                self._drop(self._delivery.deliver(members, tensors, version))
-                self._drop(of_each((m for m in members if m.state is State.SERVING), self._confirm))
+                self._drop(of_each(self.serving, Member.resume_weights))
+                self._drop(self._delivery.deliver(self.serving, tensors, version))
+                self._drop(of_each(self.serving, self._confirm))
+                self._drop(of_each(self.serving, Member.resume_rest))
             if first and self._check_first_update:
                 for error in of_each(self.serving, _compare).values():
                     self._give_up(error)
             self._tell_router_version()
-            self._writing = False
+            self._writing = self._offloaded = False
         self.raise_failure()
 
     def _confirm(self, member: Member) -> None:
@@ -234,9 +243,12 @@ class Fleet:
     def _admit(self, member: Member) -> None:
         """Give it the current weights, and requests only after it has confirmed them."""
         with self._weights:
-            if self._writing:
-                return  # the memory holds neither the old weights nor the new ones
             try:
+                if self._writing:  # the memory holds neither the old weights nor the new ones
+                    if self._offloaded and not member.released:
+                        member.release_memory()
+                    return
+                member.resume_weights()
                 if self._delivery is not None and self._tensors:
                     failures = self._delivery.deliver([member], self._tensors, self.version)
                     if failures:
@@ -245,6 +257,7 @@ class Fleet:
                 elif self._check_first_update:
                     member.call("/weights_checker", {"action": "snapshot"})
                     member.call("/weights_checker", {"action": "reset_tensors"})
+                member.resume_rest()
                 self._register(member)
             except EngineError as error:
                 self._lose(member, str(error))
@@ -288,7 +301,7 @@ class Fleet:
     def _begin(self, member: Member) -> None:
         if self._launch is not None:
             member.server = self._launch(member.rank, self.version)
-            member.url = member.server.url
+            member.url, member.released = member.server.url, False
         member.become(State.STARTING)
 
     # ---- health ----------------------------------------------------------------------------------------------------

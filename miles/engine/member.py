@@ -17,6 +17,8 @@ from miles.errors import EngineError
 
 # How long a control call may take: it waits for a step of the engine to end, and steps are short.
 CONTROL_S = 120.0
+# How long an engine that was told to stop may still have requests in its batch, and how often that is looked at.
+STOP_S, LOOK_S = 60.0, 0.1
 
 
 class State(enum.Enum):
@@ -37,6 +39,8 @@ class Member:
     state: State = State.STARTING
     version: str | None = None
     last_error: str = ""
+    # Whether its memory is given back (`--offload-rollout`).
+    released: bool = False
     # Ends of this engine since it last served.
     failed_starts: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -59,6 +63,36 @@ class Member:
 
     def serves_version(self, timeout_s: float = CONTROL_S) -> str:
         return str(self.call("/get_model_info", method="GET", timeout_s=timeout_s)["weight_version"])
+
+    def release_memory(self) -> None:
+        """Give back all device memory. Nothing may be running."""
+        self.call("/pause_generation", {"mode": "retract"})
+        self.flush_cache()
+        self.call("/release_memory_occupation", {})
+        self.released = True
+
+    def resume_weights(self) -> None:
+        """Take the memory of the weights again; what is in it comes with the next update."""
+        if self.released:
+            self.call("/resume_memory_occupation", {"tags": ["weights"]})
+
+    def resume_rest(self) -> None:
+        """After the update: whatever else generating needs."""
+        if self.released:
+            self.call("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
+            self.released = False
+
+    def flush_cache(self) -> None:
+        """Forget prefixes. Refused while the batch is not empty yet, which takes a moment after a stop."""
+        deadline = time.monotonic() + STOP_S
+        while True:
+            try:
+                self.call("/flush_cache", {})
+                return
+            except EngineError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(LOOK_S)
 
     def generates(self, timeout_s: float) -> str | None:
         """None where one token comes out in time, else what happened."""

@@ -13,6 +13,7 @@ are built inside Ray actors; `Run` is all the driver ever sees.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ import torch
 
 from miles.config import RunConfig
 from miles.config.dump import as_yaml, resolved
+from miles.engine.fleet import Fleet
 from miles.hooks import Hooks
 from miles.hooks.watchdog import Watchdog
 from miles.observe.display import Display
@@ -71,8 +73,15 @@ class Run:
     start_rollout_id: int
     num_rollout: int
     num_rollout_per_epoch: int | None
+    # Engines that give their memory back while the trainer works (`--offload-rollout`).
+    offloaded: Fleet | None = None
     # A checkpoint whose files are being written while training goes on.
     _unfinished: Unfinished | None = None
+
+    async def offload_engines(self) -> None:
+        """Until the next weight update, which brings them back."""
+        if self.offloaded is not None:
+            await asyncio.to_thread(self.offloaded.release_memory)
 
     async def save(self, rollout_id: int, *, served: bool) -> None:
         """One checkpoint of everything, and the Hugging Face folder that `--save-hf` names.
@@ -267,7 +276,11 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     if crowded is not None:
         display.notice(crowded)
     _announce(told, record, display, checkpoint, start_rollout_id, num_rollout)
-    return Run(config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch)
+    offloads = config.cluster.offload_rollout and isinstance(generators.target, Fleet)
+    return Run(
+        *(config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch),
+        offloaded=generators.target if offloads else None,
+    )
 
 
 def anchored(config: RunConfig, args: Namespace) -> RunConfig:

@@ -292,12 +292,6 @@ class RankGroup:
     def export_hf(self, folder: Path) -> None:
         self._all(Export(folder))
 
-    def offload(self) -> None:
-        """Trainer and engine have memory of their own."""
-
-    def onload(self) -> None:
-        """The counterpart of `offload`."""
-
     def _with_state(self) -> list[Any]:
         assert self.hooks is not None
         return [hook for hook in self.hooks if hook.point.process == "trainer" and hook.has_state]

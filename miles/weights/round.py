@@ -8,7 +8,6 @@ must not serve, and the fleet replaces it. The others go on without it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 # How long an engine may take for one part of its weights.
 UPDATE_S = 600.0
-# How long an engine that was told to stop may still have requests in its batch, and how often that is looked at.
-STOP_S, LOOK_S = 60.0, 0.1
 
 
 class Round:
@@ -75,24 +72,11 @@ def update(
 
     now = Round(members, timeout_s)
     now.call("/pause_generation", {"mode": "retract"})
-    now.each(_flush)
+    now.each(lambda member: member.flush_cache())
     if now.members:
         send(now)
     now.each(confirm)
     return now.failures
-
-
-def _flush(member: Member) -> None:
-    """Keys and values of the old weights are of no use. Refused while the batch is not empty yet."""
-    deadline = time.monotonic() + STOP_S
-    while True:
-        try:
-            member.call("/flush_cache", {})
-            return
-        except EngineError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(LOOK_S)
 
 
 def _post(member: Member, path: str, body: Mapping[str, Any], timeout_s: float) -> None:

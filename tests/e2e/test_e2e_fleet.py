@@ -62,6 +62,12 @@ def test_two_engines_generate_what_one_does(plain: Path, tmp_path: Path) -> None
     no_children()
 
 
+def test_engines_that_give_their_memory_back_while_the_trainer_works(plain: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", "--use-fault-tolerance", "--colocate", *QUICK_CHECKS)
+    complete(run)
+    assert [responses(run, i) for i in range(ROLLOUTS)] == [responses(plain, i) for i in range(ROLLOUTS)]
+
+
 def test_engines_of_a_trainer_in_several_processes(plain: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "run", "--rollout-num-gpus", 2, "--actor-num-gpus-per-node", 2)
     complete(run)
@@ -203,7 +209,11 @@ def test_a_router_that_someone_else_started(command: list[str], external: list[s
         router.stop()
 
 
-@pytest.mark.parametrize("more", [(), ("--partial-rollout", "--over-sampling-batch-size", 7)], ids=["plain", "partial"])
+# Responses of very different lengths, so that some are in the middle when enough are done.
+PARTIAL = ("--partial-rollout", "--over-sampling-batch-size", 7, "--rollout-max-response-len", 80)
+
+
+@pytest.mark.parametrize("more", [(), PARTIAL], ids=["plain", "partial"])
 def test_routed_experts_reach_the_trainer(more: tuple[object, ...], tmp_path: Path) -> None:
     """R3: the experts of every token come through the router into the batch, of responses in several pieces, too."""
     model = make_moe(tmp_path / "model")

@@ -21,7 +21,7 @@ from miles.config.flags import (
 )
 
 ONE_MACHINE = "Training on several machines"
-SHARED_PROCESS = "the engine is a part of the run's process, and nothing is offloaded."
+TRAINER_STAYS = "the trainer keeps its memory; engines give theirs back (--offload-rollout)."
 BESIDE_ACTOR = "the critic is trained in the actor's processes."
 
 
@@ -109,14 +109,12 @@ class ClusterConfig(Section):
         check=at_least(1),
         status=no_meaning_here("the engine runs on one device of this machine."),
     )
-    colocate: bool = flag(False, "Let trainer and engines share their GPUs.", status=no_meaning_here(SHARED_PROCESS))
-    offload: bool = flag(False, "Short for --offload-train --offload-rollout.", status=no_meaning_here(SHARED_PROCESS))
+    colocate: bool = flag(False, "Let trainer and engines share their GPUs.")
+    offload: bool = flag(False, "Short for --offload-train --offload-rollout.")
     offload_train: bool | None = flag(
-        None, "Release the trainer's memory while rolling out.", status=no_meaning_here(SHARED_PROCESS)
+        None, "Release the trainer's memory while rolling out.", status=no_meaning_here(TRAINER_STAYS)
     )
-    offload_rollout: bool | None = flag(
-        None, "Release the engines' memory while training.", status=no_meaning_here(SHARED_PROCESS)
-    )
+    offload_rollout: bool | None = flag(None, "Release the engines' memory while training.")
     distributed_backend: str = flag("nccl", "Communication library of the trainer's processes: nccl or gloo.")
     distributed_timeout_minutes: int = flag(
         10, "Minutes after which a trainer process that waits for the others gives up.", check=at_least(1)

@@ -41,8 +41,8 @@ def test_help_says_what_is_not_built() -> None:
     (launcher,) = [line for line in lines if line.strip().startswith("--launcher")]
     assert "{auto,local}" in launcher
     assert "not built yet: ray" in " ".join(text.split())
-    (colocate,) = [line for line in lines if line.strip().startswith("--colocate")]
-    assert "[no meaning here]" in colocate
+    (offload,) = [line for line in lines if line.strip().startswith("--offload-train")]
+    assert "[no meaning here]" in offload
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])

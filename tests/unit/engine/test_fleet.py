@@ -105,6 +105,42 @@ def test_an_update_pauses_delivers_confirms_and_continues() -> None:
         assert fleet.members[0].version == fleet.version == "1"
 
 
+def test_memory_is_away_until_the_next_update() -> None:
+    """The published order: weights back, update, the rest back."""
+    engine = Fake()
+    with fleet_of(engine) as (fleet, _):
+        fleet.start()
+        fleet.release_memory()
+        assert engine.paths() == ["pause_generation", "flush_cache", "release_memory_occupation"]
+        engine.asked.clear()
+        fleet.suspend()
+        fleet.update_weights(WEIGHTS, "1")
+        fleet.update_weights(WEIGHTS, "2")
+        resumed = [(path, body) for path, body in engine.asked if path == "resume_memory_occupation"]
+        assert [body["tags"] for _, body in resumed] == [["weights"], ["kv_cache", "cuda_graph"]]
+        assert engine.paths() == [
+            "pause_generation", "resume_memory_occupation", "update_weights_from_shared_memory", "continue_generation",
+            "get_model_info", "resume_memory_occupation", "update_weights_from_shared_memory", "continue_generation",
+            "get_model_info",
+        ]  # fmt: skip
+
+
+def test_who_starts_while_memory_is_away_gives_its_own_back_too() -> None:
+    good, late = Fake(), Fake()
+    with fleet_of(good, late, tolerant=True) as (fleet, _):
+        fleet.start()
+        late.answers = {"health": 503, "health_generate": 503}
+        eventually(lambda: len(fleet.serving) == 1)
+        fleet.release_memory()
+        late.answers = {}
+        eventually(lambda: "release_memory_occupation" in late.paths())
+        time.sleep(0.3)  # several looks of the supervisor
+        assert late.paths().count("release_memory_occupation") == 1 and len(fleet.serving) == 1
+        fleet.update_weights(WEIGHTS, "1")
+        eventually(lambda: len(fleet.serving) == 2)
+        assert late.version == "1" and late.paths().count("resume_memory_occupation") == 2
+
+
 def test_who_misses_an_update_serves_no_more_and_comes_back_with_the_next_version() -> None:
     good, bad = Fake(), Fake(update_weights_from_shared_memory=500)
     with fleet_of(good, bad, tolerant=True) as (fleet, router):
