@@ -89,7 +89,7 @@ def url_of(address: str) -> str:
     url = address if "://" in address else f"http://{address}"
     parts = urlsplit(url)
     try:
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port is not None
+        fits = parts.scheme == "http" and bool(parts.hostname) and parts.port is not None
     except ValueError:  # a port that is no number
         fits = False
     if not fits or parts.path.strip("/") or parts.query:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
 
+from miles.engine.guard import bearer
 from miles.engine.protocol import BadRequestError, GenerateRequest, GenerateResult, Json, is_batch
 from miles.errors import EngineError
 
@@ -172,7 +173,8 @@ class HttpEngineClient:
         self.control_timeout_s, self.weights_timeout_s = control_timeout_s, weights_timeout_s
 
     async def generate(self, payload: Json) -> Any:
-        return await request_json("post", f"{self.base_url}/generate", payload, retries=CONNECT_RETRIES)
+        url = f"{self.base_url}/generate"
+        return await request_json("post", url, payload, retries=CONNECT_RETRIES, headers=bearer())
 
     async def abort(self, rid: str) -> None:
         await self._control("/abort_request", {"rid": rid})
@@ -295,7 +297,8 @@ class HttpEngineClient:
         action = "get" if payload is None else "post"
         try:
             async with asyncio.timeout(timeout_s):
-                return await request_json(action, f"{self.base_url}{path}", payload, retries=retries)
+                url = f"{self.base_url}{path}"
+                return await request_json(action, url, payload, retries=retries, headers=bearer())
         except TimeoutError as error:
             raise EngineError(
                 f"{self.who} waited {timeout_s:g} s for {self.base_url}{path}: no answer came. {await self._state()}"
@@ -304,7 +307,8 @@ class HttpEngineClient:
     async def _state(self) -> str:
         """What the engine says about itself, for a message."""
         try:
-            info = (await _http_client().get(f"{self.base_url}/get_server_info", timeout=STATE_TIMEOUT_S)).json()
+            url = f"{self.base_url}/get_server_info"
+            info = (await _http_client().get(url, headers=bearer(), timeout=STATE_TIMEOUT_S)).json()
         except (httpx.HTTPError, ValueError) as error:
             return f"It does not say either how it is ({str(error) or type(error).__name__})."
         last = info.get("last_error") if isinstance(info, dict) else None
@@ -359,7 +363,9 @@ def _http_client() -> httpx.AsyncClient:
     return client
 
 
-async def request_json(action: str, url: str, payload: Any = None, *, retries: int = 0) -> Any:
+async def request_json(
+    action: str, url: str, payload: Any = None, *, retries: int = 0, headers: Mapping[str, str] | None = None
+) -> Any:
     """One HTTP call: decoded JSON, or text where the body is not JSON.
 
     `action` is an httpx method name, a payload of bytes is sent as it is. EngineError carries the status of an answer
@@ -370,7 +376,7 @@ async def request_json(action: str, url: str, payload: Any = None, *, retries: i
         return local
     for attempt in range(retries + 1):
         try:
-            response = await _send(action, url, payload)
+            response = await _send(action, url, payload, headers or {})
             break
         except httpx.TransportError as error:
             if attempt == retries:
@@ -400,15 +406,15 @@ async def _short_cut(action: str, url: str, payload: Any) -> Any:
     return None
 
 
-async def _send(action: str, url: str, payload: Any) -> httpx.Response:
+async def _send(action: str, url: str, payload: Any, headers: Mapping[str, str]) -> httpx.Response:
     client = _http_client()
     if action in ("get", "delete"):
         if payload:
             raise ValueError(f"{action} {url}: a {action} request carries no payload, got {payload!r}")
-        return await client.request(action.upper(), url)
+        return await client.request(action.upper(), url, headers=headers)
     if isinstance(payload, bytes):
-        return await client.request(action.upper(), url, content=payload, headers=OCTETS)
-    return await client.request(action.upper(), url, json=payload or {})
+        return await client.request(action.upper(), url, content=payload, headers={**OCTETS, **headers})
+    return await client.request(action.upper(), url, json=payload or {}, headers=headers)
 
 
 def _error_text(response: httpx.Response) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from miles.engine.client import HttpEngineClient, request_json
 from miles.engine.fleet import Fleet
+from miles.engine.guard import bearer
 from miles.engine.member import Member
 from miles.engine.protocol import Json
 from miles.errors import EngineError
@@ -39,7 +40,7 @@ class FleetClient:
             self.fleet.raise_failure()
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    return await request_json("post", f"{self.base_url}/generate", payload)
+                    return await request_json("post", f"{self.base_url}/generate", payload, headers=bearer())
             except TimeoutError:
                 raise self._too_late("an answer", "") from None
             except EngineError as error:

@@ -56,6 +56,15 @@ class Guard:
         await self.app(scope, receive, send)
 
 
+def bearer() -> dict[str, str]:
+    """The header for calls to engines and routers of others, where MILES_API_TOKEN is set; `{}` where it is not.
+
+    SGLang's `--api-key` takes the same header.
+    """
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    return {"authorization": f"Bearer {token}"} if token else {}
+
+
 async def _refuse(scope: Scope, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from miles.engine.guard import bearer
 from miles.engine.process import ServerProcess
 from miles.errors import EngineError
 
@@ -106,21 +107,28 @@ class Member:
 def control(
     name: str, url: str, path: str, body: Any = None, *, method: str = "POST", timeout_s: float = CONTROL_S
 ) -> Any:
-    """One control call to the server `name`."""
+    """One control call to the server `name`. The EngineError has a `status` where the server answered."""
     try:
         response = httpx.request(
-            method, f"{url}{path}", json=body if method == "POST" else None, timeout=timeout_s, trust_env=False
+            method,
+            f"{url}{path}",
+            json=body if method == "POST" else None,
+            headers=bearer(),
+            timeout=timeout_s,
+            trust_env=False,
         )
     except httpx.TimeoutException as error:
         raise EngineError(f"waited {timeout_s:g} s for {name} ({url}) to answer {path}") from error
     except httpx.HTTPError as error:
         raise EngineError(f"{name} ({url}) gave no answer to {path}: {error or type(error).__name__}") from error
     if response.is_error:
-        raise EngineError(f"{name} ({url}) refused {path}: HTTP {response.status_code}: {response.text[:500]}")
+        said = f"HTTP {response.status_code}: {response.text[:500]}"
+        raise EngineError(f"{name} ({url}) refused {path}: {said}", status=response.status_code)
     try:
         answer = response.json()
     except ValueError:
         return response.text
     if isinstance(answer, dict) and answer.get("success") is False:
-        raise EngineError(f"{name} ({url}) refused {path}: {answer.get('message', answer)}")
+        said = answer.get("message", answer)
+        raise EngineError(f"{name} ({url}) refused {path}: {said}", status=response.status_code)
     return answer

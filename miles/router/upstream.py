@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from miles.engine.guard import bearer
+
 READ_AHEAD = 256 * 1024
 """Bytes of one answer that are kept for a slow client before the engine has to wait."""
 
@@ -316,7 +318,8 @@ async def fetch(url: str, path: str, timeout_s: float) -> tuple[int, bytes]:
         async with asyncio.timeout(timeout_s):
             connection = await upstream.open()
             target = upstream.prefix + path.encode()
-            head = b"GET %b HTTP/1.1\r\nhost: %b\r\nconnection: close\r\n\r\n" % (target, upstream.authority)
+            token = b"".join(b"%b: %b\r\n" % (k.encode(), v.encode("latin-1")) for k, v in bearer().items())
+            head = b"GET %b HTTP/1.1\r\nhost: %b\r\n%bconnection: close\r\n\r\n" % (target, upstream.authority, token)
             connection.begin("GET", head, b"")
             await connection.answered()
             body, more = b"", True

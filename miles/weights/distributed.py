@@ -68,12 +68,17 @@ class DistributedDelivery:
 
     def close(self) -> None:
         """Leave the group, if there is one; engines that are gone do not mind."""
-        if self._group is None:
-            return
-        group, self._group = self._group, None
         former, self._joined = [m for m, url in self._joined if m.url == url], []
         name = self._name
         of_each(former, lambda m: m.call("/destroy_weights_update_group", {"group_name": name}, timeout_s=10.0))
+        self._leave()
+
+    def _leave(self) -> None:
+        group, self._group = self._group, None
+        if group is None:
+            return
+        if self.backend == "nccl":
+            group.abort()  # what waits for a member that is gone would never end
         dist.destroy_process_group(group)
 
     # ---- sending -----------------------------------------------------------------------------------------------------
@@ -150,15 +155,23 @@ class DistributedDelivery:
         self._together(now, receive, lambda: dist.broadcast(flat, 0, group=self._group) and None)
 
     def _together(self, now: Round, act: Callable[[Member], None], act_here: Callable[[], None]) -> None:
-        """The engines' part and ours of one collective. Where only ours fails, nobody knows who is to blame."""
+        """The engines' part and ours of one collective.
+
+        Where ours fails, the group is left at once: engines that still wait in it fail too, and without delay. To blame
+        are then those that do not answer any more; where all answer, whoever failed; where nobody did, all.
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="miles-collective") as pool:
             theirs = pool.submit(of_each, list(now.members), act)
-            broken: Exception | None = None
+            broken: str | None = None
             try:
                 act_here()
             except (RuntimeError, ValueError) as error:  # what torch.distributed raises, time-outs included
-                broken = error
+                broken = str(error)  # not the error: its traceback keeps the group, and with it the connections
+            if broken is not None:
+                self._leave()
             failures = theirs.result()
+        if broken is not None:
+            failures = {m: e for m, e in failures.items() if e.status is None} or failures
         if broken is not None and not failures:
             failures = {
                 m: EngineError(f"{m.name} ({m.url}): the broadcast of weights broke: {broken}") for m in now.members

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 from starlette.middleware.base import BaseHTTPMiddleware
 
+from examples.agentic.agent import solve
 from miles.types import Sample
 
 CARRY = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "carry.py"
@@ -48,6 +49,30 @@ async def stops_an_engine(args: Namespace, sample: Sample) -> float:
 
 async def kills_the_router(args: Namespace, sample: Sample) -> float:
     return await _reward(args, sample, "route", signal.SIGKILL)
+
+
+_agents: dict[str, int] = {}
+
+
+async def _agent(kills: str, base_url: str, **given: Any) -> None:
+    """The example's agent. The tenth one to begin kills a server first, while others are in the middle."""
+    router = base_url.partition("/sessions/")[0]
+    _agents[router] = _agents.get(router, 0) + 1
+    if _agents[router] == 10:
+        servers(kills)[0].kill()
+    await solve(base_url=base_url, **given)
+
+
+async def agent_that_kills_the_router(
+    *, base_url: str, prompt: list[dict[str, Any]], request_kwargs: dict[str, Any]
+) -> None:
+    await _agent("route", base_url, prompt=prompt, request_kwargs=request_kwargs)
+
+
+async def agent_that_kills_an_engine(
+    *, base_url: str, prompt: list[dict[str, Any]], request_kwargs: dict[str, Any]
+) -> None:
+    await _agent("serve", base_url, prompt=prompt, request_kwargs=request_kwargs)
 
 
 class Counting(BaseHTTPMiddleware):

@@ -15,11 +15,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from e2e_runs import BASE, HERE, START_TIMEOUT_S, exported, metrics, same, started, train
+from e2e_runs import BASE, HERE, ROOT, START_TIMEOUT_S, exported, metrics, miles, same, started, train
 from moe_model import NUM_LAYERS, TOP_K, make_moe
 
 from miles.engine.process import ServerProcess, child_environment, free_port, wait_until_it_answers
 from miles.observe.record import read_rollouts, recorded_rollouts
+from miles.weights.distributed import DistributedDelivery
+from miles.weights.round import Round
 
 SAMPLES, ROLLOUTS = 16, 3
 QUICK_CHECKS = ("--rollout-health-check-interval", 0.5, "--rollout-health-check-timeout", 3)
@@ -104,6 +106,32 @@ def test_a_run_survives(
     no_children()
 
 
+AGENTIC_FAULTS = [
+    ("agent_that_kills_the_router", (), "the router lost the session of sample"),
+    ("agent_that_kills_an_engine", ("--use-fault-tolerance", "--rollout-num-gpus", 2), "engine 0 is lost"),
+]
+
+
+@pytest.mark.parametrize(("agent", "more", "told"), AGENTIC_FAULTS, ids=["router", "engine"])
+def test_conversations_survive(
+    agent: str, more: tuple[object, ...], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An agent whose session is lost begins anew; one whose engine is lost does not notice."""
+    size = ("--num-rollout", 2, "--rollout-batch-size", 4, "--n-samples-per-prompt", 4, "--skip-eval-before-train")
+    given = ("--run-dir", tmp_path / "run", "--progress", "none", "--eval-interval", 100)
+    assert miles(
+        *("train", "--config", ROOT / "examples" / "agentic" / "agentic.yaml", *given, *size),
+        *("--custom-agent-function-path", fleet_plug_in(agent), *more),
+    ) == 0  # fmt: skip
+    assert told in caplog.text
+    for rollout_id in recorded_rollouts(tmp_path / "run"):
+        samples = read_rollouts(tmp_path / "run", rollout_id)
+        assert [s.index for s in samples] == list(range(rollout_id * 16, rollout_id * 16 + 16))
+        assert all(s.status.value in ("completed", "truncated") and s.response_length > 0 for s in samples)
+        assert {v for s in samples for v in s.weight_versions} == {str(rollout_id + 1)}
+    no_children()
+
+
 def test_without_fault_tolerance_the_run_ends_with_the_last_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,8 +167,8 @@ def test_no_server_outlives_the_run(number: signal.Signals, tmp_path: Path) -> N
 
 
 @contextmanager
-def serving(folder: Path, count: int) -> Iterator[list[str]]:
-    """Addresses of engines that this run does not start."""
+def serving(folder: Path, count: int) -> Iterator[list[ServerProcess]]:
+    """Engines that this run does not start."""
     servers = []
     for i in range(count):
         port = free_port()
@@ -150,16 +178,20 @@ def serving(folder: Path, count: int) -> Iterator[list[str]]:
     try:
         for server in servers:
             wait_until_it_answers(server, START_TIMEOUT_S)
-        yield [server.url.removeprefix("http://") for server in servers]
+        yield servers
     finally:
         for server in servers:
             server.stop()
 
 
+def addresses(servers: list[ServerProcess]) -> list[str]:
+    return [server.url.removeprefix("http://") for server in servers]
+
+
 @pytest.fixture(scope="module")
 def external(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    with serving(tmp_path_factory.mktemp("external"), 2) as addresses:
-        yield addresses
+    with serving(tmp_path_factory.mktemp("external"), 2) as servers:
+        yield addresses(servers)
 
 
 @pytest.mark.parametrize("way", ["auto", "distributed"])
@@ -171,6 +203,34 @@ def test_engines_that_someone_else_started(way: str, external: list[str], tmp_pa
     for address in external:
         info = httpx.get(f"http://{address}/get_model_info").json()
         assert info["weight_version"] == str(ROLLOUTS + 1)
+
+
+def test_an_engine_that_dies_inside_a_broadcast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of several broadcasts of an update it takes part in one. The others get all weights, in a group without it."""
+    sent: list[tuple[int, str | None]] = []
+    send = DistributedDelivery._broadcast
+
+    def send_and_kill(self: DistributedDelivery, now: Round, tensors: Any, version: str | None) -> None:
+        sent.append((len(now.members), version))
+        send(self, now, tensors, version)
+        if [v for _, v in sent if v is not None] == ["1"] and version is None and servers[0].pid not in killed:
+            killed.add(servers[0].pid)
+            os.kill(servers[0].pid, signal.SIGKILL)
+
+    killed: set[int] = set()
+    monkeypatch.setattr(DistributedDelivery, "_broadcast", send_and_kill)
+    with serving(tmp_path, 2) as servers:
+        given = ("--rollout-external", "--rollout-external-engine-addrs", *addresses(servers), "--use-fault-tolerance")
+        way = ("--update-weight-transport", "distributed", "--update-weight-buffer-size", 100_000)
+        run = train(tmp_path / "run", *given, *way)
+        assert httpx.get(f"{servers[1].url}/get_model_info").json()["weight_version"] == str(ROLLOUTS + 1)
+    complete(run)
+    assert "engine 0 is lost" in caplog.text and "engine 1 is lost" not in caplog.text
+    whole = [v for _, v in sent].index("1") + 1  # broadcasts of one update
+    assert whole > 3 and killed
+    assert [n for n, _ in sent] == [2] * (whole + 2) + [1] * whole * ROLLOUTS
 
 
 def test_an_engine_that_refuses_its_weights_ends_the_run(

@@ -9,18 +9,20 @@ Named by `--custom-generate-function-path miles.rollout.generate_hub.agentic_too
 tokens carry loss, what stands between them does not. `--generate-multi-samples` makes a sample of each answer instead,
 which is what an agent needs that does not say one conversation from its beginning to its end.
 
-Every attempt of the agent has a session of its own. When the rollout is aborted, the agent is cancelled.
+Every attempt of the agent has a session of its own. A router that dies takes its sessions with it; their agents then
+begin anew, at the router that has taken its place. When the rollout is aborted, the agent is cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from argparse import ArgumentParser
 from itertools import pairwise
 from typing import Any
 
-from miles.errors import FlagError, UsageError
+from miles.errors import EngineError, FlagError, HookError, UsageError
 from miles.hooks import Hook
 from miles.hooks.values import BadReturn
 from miles.rollout.generate_utils.openai_endpoint_utils import (
@@ -30,6 +32,11 @@ from miles.rollout.generate_utils.openai_endpoint_utils import (
 from miles.rollout.generate_utils.sample_utils import merge_samples
 from miles.router.session.session_types import SessionRecord
 from miles.types import GenerateFnInput, GenerateFnOutput, Sample
+
+logger = logging.getLogger(__name__)
+
+MAX_LOST_SESSIONS = 3
+"""How often an agent begins anew because the router has lost its session."""
 
 ABORT_POLL_S = 0.1
 """How often a waiting agent looks whether the rollout has been aborted."""
@@ -56,15 +63,15 @@ async def generate(input: GenerateFnInput) -> GenerateFnOutput:
     """
     hook = _agent_of(input)
     begin = time.perf_counter()
-    tracer = await _Agent(input, hook).work()
-    if tracer is None:
+    said = await _Agent(input, hook).work()
+    if said is None:
         input.sample.status = Sample.Status.ABORTED
         return GenerateFnOutput(samples=input.sample)
-    records = await tracer.collect_records()
+    records, context_full = said
     if not records:
-        _no_record(hook, input.sample, tracer)
+        _no_record(hook, input.sample, context_full)
     samples = _samples_of(input, records)
-    if tracer.context_full:
+    if context_full:
         samples[-1].status = Sample.Status.TRUNCATED
     if input.args.generate_multi_samples:
         return GenerateFnOutput(samples=samples)
@@ -133,11 +140,26 @@ class _Agent:
         self.tracer = await OpenAIEndpointTracer.create(self.args)
         return self.tracer.base_url
 
-    async def work(self) -> OpenAIEndpointTracer | None:
-        """The session with what was said, once the agent is done; None where the rollout was aborted meanwhile.
+    async def work(self) -> tuple[list[SessionRecord], bool] | None:
+        """What was said, once the agent is done, and whether the context was full; None where the rollout was aborted.
 
         Raises HookError where the agent fails.
         """
+        for attempt in range(MAX_LOST_SESSIONS + 1):
+            try:
+                return await self._attempt()
+            except _SessionIsLost as lost:
+                if attempt == MAX_LOST_SESSIONS:
+                    raise lost.error from None
+                logger.warning(
+                    "the router lost the session of sample %s; its agent begins anew: %s",
+                    self.sample.index,
+                    lost.error,
+                )
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self) -> tuple[list[SessionRecord], bool] | None:
+        """`work`, once. Raises _SessionIsLost where the reason for a failure is the router's."""
         call = self.hook.call_async(
             base_url=self.open_session,
             prompt=self.sample.prompt,
@@ -145,25 +167,47 @@ class _Agent:
             metadata=self.sample.metadata,
         )
         working = asyncio.create_task(call, name=f"agent of sample {self.sample.index}")
-        done = None
         try:
             while not (await asyncio.wait([working], timeout=ABORT_POLL_S))[0]:
                 if self.state.aborted:
                     return None
             working.result()
-            done = self.tracer
-            return done
+            return await self._collect()
+        except HookError as error:
+            if self.tracer is not None and await self.tracer.is_lost():
+                self.tracer = None
+                raise _SessionIsLost(error) from None
+            raise
         finally:
-            if done is None:
-                working.cancel()
-                await asyncio.gather(working, return_exceptions=True)
-                if self.tracer is not None:
-                    await self.tracer.delete()
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            if self.tracer is not None:
+                await self.tracer.delete()
+                self.tracer = None
+
+    async def _collect(self) -> tuple[list[SessionRecord], bool]:
+        """What the latest session has recorded; it ends."""
+        tracer, self.tracer = self.tracer, None
+        if tracer is None:  # an agent that never asked for its address
+            return [], False
+        try:
+            return await tracer.collect_records(), tracer.context_full
+        except EngineError as error:
+            if error.status in (None, 404):
+                raise _SessionIsLost(error) from None
+            raise
 
 
-def _no_record(hook: Hook, sample: Sample, tracer: OpenAIEndpointTracer) -> None:
+class _SessionIsLost(Exception):
+    """A router has died with a session. `error` is what came of it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _no_record(hook: Hook, sample: Sample, context_full: bool) -> None:
     """Raises: without an answer there is nothing to train on."""
-    if tracer.context_full:
+    if context_full:
         raise UsageError(
             f"sample {sample.index} (group {sample.group_index}): its prompt leaves no room for a response in the "
             f"context of the model. It begins {str(sample.prompt)[:60]!r}. Leave such prompts out with "

@@ -15,12 +15,15 @@ import logging
 from argparse import Namespace
 from typing import Any
 
-from miles.engine.client import CONNECT_RETRIES, request_json
+from miles.engine.client import request_json
 from miles.errors import EngineError
 from miles.router.session.session_types import GetSessionResponse, SessionRecord
 from miles.types import STATUS_OF_FINISH_REASON, Sample
 
 logger = logging.getLogger(__name__)
+
+ROUTER_RETRIES = 60
+"""Seconds within which a router that died has been replaced: one more attempt is made in each."""
 
 _STATUS = {**STATUS_OF_FINISH_REASON, "tool_calls": Sample.Status.COMPLETED}
 
@@ -44,7 +47,7 @@ class OpenAIEndpointTracer:
     async def create(args: Namespace) -> OpenAIEndpointTracer:
         """Open a session at `args.sglang_router_ip:sglang_router_port`. Raises EngineError."""
         router_url = f"http://{args.sglang_router_ip}:{args.sglang_router_port}"
-        answer = await request_json("post", f"{router_url}/sessions", {}, retries=CONNECT_RETRIES)
+        answer = await request_json("post", f"{router_url}/sessions", {}, retries=ROUTER_RETRIES)
         if not isinstance(answer, dict) or "session_id" not in answer:
             raise EngineError(f"{router_url}/sessions: expected a session_id, got {str(answer)[:200]}")
         return OpenAIEndpointTracer(router_url, answer["session_id"])
@@ -58,6 +61,14 @@ class OpenAIEndpointTracer:
         session = GetSessionResponse.model_validate(answer)
         self.context_full = session.context_full
         return session.records
+
+    async def is_lost(self) -> bool:
+        """Whether the router, once it answers, does not know the session: another one has taken its place."""
+        try:
+            await request_json("get", self.base_url, retries=ROUTER_RETRIES)
+        except EngineError as error:
+            return error.status == 404
+        return False
 
     async def delete(self) -> None:
         """End the session; a failure is logged, for the router forgets idle sessions by itself."""

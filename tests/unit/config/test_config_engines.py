@@ -52,6 +52,7 @@ REFUSED = [
     (["--rollout-external", "--rollout-external-engine-addrs", "a"], "HOST:PORT"),
     (["--rollout-external", "--rollout-external-engine-addrs", "a:b"], "HOST:PORT"),
     (["--rollout-external", "--rollout-external-engine-addrs", "ftp://a:1"], "HOST:PORT"),
+    (["--rollout-external", "--rollout-external-engine-addrs", "https://a:1"], "HOST:PORT"),
     (["--rollout-external", "--rollout-external-engine-addrs", "a:1", "--rollout-engine", "sglang"], "excludes"),
     (["--rollout-engine", "sglang", "--true-on-policy-mode"], "needs --rollout-engine embedded"),
     (["--sglang-router-ip", "10.0.0.1", "--sglang-router-port", "30000"], "inside its process"),

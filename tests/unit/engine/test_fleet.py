@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from miles.engine.fleet import MAX_FAILED_STARTS, Fleet, Watching
+from miles.engine.fleet_client import FleetClient
 from miles.engine.member import Member, State
 from miles.engine.process import ServerProcess, child_environment, free_port
 from miles.errors import EngineError
@@ -30,6 +32,7 @@ class Fake:
     def __init__(self, **answers: Any) -> None:
         self.version, self.answers = "default", answers
         self.asked: list[tuple[str, Any]] = []
+        self.tokens: set[str | None] = set()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -43,6 +46,7 @@ class Fake:
             def _answer(self, body: Any) -> None:
                 path = self.path.partition("?")[0].strip("/")
                 fake.asked.append((path, body))
+                fake.tokens.add(self.headers.get("Authorization"))
                 answer = fake.answers.get(path, {})
                 status = answer if isinstance(answer, int) else 200
                 if status == 200 and path == "update_weights_from_shared_memory":
@@ -103,6 +107,21 @@ def test_an_update_pauses_delivers_confirms_and_continues() -> None:
             "pause_generation", "update_weights_from_shared_memory", "continue_generation", "get_model_info"
         ]  # fmt: skip
         assert fleet.members[0].version == fleet.version == "1"
+
+
+def test_servers_of_others_get_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILES_API_TOKEN", "of the cluster")
+    engine = Fake()
+    with fleet_of(engine, tolerant=True) as (fleet, router):
+        fleet.start()
+        fleet.suspend()
+        fleet.update_weights(WEIGHTS, "1")
+        client = FleetClient(fleet, timeout_s=20)
+        asyncio.run(client.generate({"text": "?"}))
+        asyncio.run(client.abort_all())
+        eventually(lambda: "health_generate" in [path for path, _ in engine.asked])
+    assert engine.tokens == router.tokens == {"Bearer of the cluster"}
+    assert "generate" in router.paths() and "abort_request" in engine.paths()
 
 
 def test_memory_is_away_until_the_next_update() -> None:
