@@ -1,32 +1,21 @@
-"""Talking to engines: one interface, over HTTP or into an engine of this process, and the `post` that plug-ins call.
+"""Talking to engines: one interface, over HTTP (`HttpEngineClient`) or into an engine of this process.
 
-Payloads and answers are SGLang's JSON in both cases (`protocol.py`), so a caller cannot tell the two apart. An engine
-that serves its API in this process registers its address (`register_local_engine`); `/generate` and `/abort_request`
-requests of this process to that address then skip the socket.
-
-Whoever waits gets a result or an EngineError. An engine that answers with an error status is not asked again; one that
-cannot be reached is, a bounded number of times. There is no read time-out, because a long answer is no failure; a
-connection that breaks is one.
+Payloads and answers are SGLang's JSON in both cases (`protocol.py`), so a caller cannot tell the two apart.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import weakref
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
-from urllib.parse import quote, urlsplit
+from collections.abc import Sequence
+from typing import Any, Protocol
+from urllib.parse import quote
 
 import httpx
 
+from miles.engine.calls import LocalEngine, generate_json, http_client, request_json
 from miles.engine.guard import bearer
-from miles.engine.protocol import BadRequestError, GenerateRequest, GenerateResult, Json, is_batch
+from miles.engine.protocol import BadRequestError, Json
 from miles.errors import EngineError
-
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
 
 CONNECT_RETRIES = 3
 """How often a request is sent again when the engine could not be reached."""
@@ -39,14 +28,6 @@ WEIGHTS_TIMEOUT_S = 600.0
 
 STATE_TIMEOUT_S = 2.0
 """How long an engine that has not answered in time is asked why."""
-
-RETRY_PAUSE_S = 1.0
-"""Pause before a request is sent again."""
-
-OCTETS = {"content-type": "application/octet-stream"}
-
-MAX_CONNECTIONS = 4096
-"""Connections of one event loop to all engines together, until `set_max_connections` says otherwise."""
 
 
 class EngineClient(Protocol):
@@ -82,19 +63,6 @@ class EngineClient(Protocol):
         """Whether the engine answers."""
 
 
-class LocalEngine(Protocol):
-    """What `LocalEngineClient` needs; `miles.engine.embedded.EmbeddedEngine` has it."""
-
-    async def generate(self, request: GenerateRequest) -> GenerateResult: ...
-    def abort(self, rid: str | None = None, *, abort_all: bool = False) -> None: ...
-    def flush_cache(self) -> bool: ...
-    def pause(self, mode: str = "abort") -> None: ...
-    def resume(self) -> None: ...
-    @property
-    def weight_version(self) -> str: ...
-    def update_weights_from_disk(self, model_dir: str, version: str | None = None) -> None: ...
-
-
 class LocalEngineClient:
     """An engine of this process. Control calls wait for a step to end in a thread, never in the event loop."""
 
@@ -128,29 +96,6 @@ class LocalEngineClient:
 
     async def healthy(self) -> bool:
         return True
-
-
-async def generate_json(engine: LocalEngine, payload: Json) -> Any:
-    """Answer one /generate body: an object, or a list for a batch. If one of a batch fails, the others are aborted."""
-    requests = GenerateRequest.from_payload(payload)
-    if payload.get("stream"):
-        raise BadRequestError("stream: this call returns one answer. Post to the engine's address to read a stream.")
-    if not is_batch(payload):
-        return (await engine.generate(requests[0])).to_json()
-    results = await gather_or_cancel(engine.generate(request) for request in requests)
-    return [result.to_json() for result in results]
-
-
-async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """`asyncio.gather` that leaves nothing running behind: the first error cancels the rest and is raised."""
-    tasks = [asyncio.ensure_future(c) for c in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 class HttpEngineClient:
@@ -202,7 +147,7 @@ class HttpEngineClient:
 
     async def healthy(self) -> bool:
         try:
-            response = await _http_client().get(f"{self.base_url}/health", timeout=5.0)
+            response = await http_client().get(f"{self.base_url}/health", timeout=5.0)
         except httpx.HTTPError:
             return False
         return response.is_success
@@ -308,149 +253,8 @@ class HttpEngineClient:
         """What the engine says about itself, for a message."""
         try:
             url = f"{self.base_url}/get_server_info"
-            info = (await _http_client().get(url, headers=bearer(), timeout=STATE_TIMEOUT_S)).json()
+            info = (await http_client().get(url, headers=bearer(), timeout=STATE_TIMEOUT_S)).json()
         except (httpx.HTTPError, ValueError) as error:
             return f"It does not say either how it is ({str(error) or type(error).__name__})."
         last = info.get("last_error") if isinstance(info, dict) else None
         return f"It answers otherwise; its last error: {last or 'none'}."
-
-
-# ---- engines of this process -----------------------------------------------------------------------------------------
-
-_local_engines: dict[tuple[str, int], LocalEngine] = {}
-
-
-def register_local_engine(base_url: str, engine: LocalEngine) -> None:
-    """From now on, requests of this process to `base_url` go straight to `engine`."""
-    _local_engines[_address(base_url)] = engine
-
-
-def unregister_local_engine(base_url: str) -> None:
-    _local_engines.pop(_address(base_url), None)
-
-
-def local_engine_at(url: str) -> LocalEngine | None:
-    """The engine of this process that serves `url`, if there is one."""
-    return _local_engines.get(_address(url)) if _local_engines else None
-
-
-def _address(url: str) -> tuple[str, int]:
-    parts = urlsplit(url)
-    host = (parts.hostname or "").lower()
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    return ("127.0.0.1" if host == "localhost" else host), port
-
-
-# ---- HTTP ------------------------------------------------------------------------------------------------------------
-
-_http_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
-_max_connections = MAX_CONNECTIONS
-
-
-def set_max_connections(count: int) -> None:
-    """Bound the connections of clients that are made from now on; what is above it queues."""
-    global _max_connections
-    _max_connections = count
-
-
-def _http_client() -> httpx.AsyncClient:
-    """The client of the running event loop (connections belong to one loop)."""
-    loop = asyncio.get_running_loop()
-    client = _http_clients.get(loop)
-    if client is None:
-        limits = httpx.Limits(max_connections=_max_connections, max_keepalive_connections=_max_connections)
-        client = _http_clients[loop] = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)
-    return client
-
-
-async def request_json(
-    action: str, url: str, payload: Any = None, *, retries: int = 0, headers: Mapping[str, str] | None = None
-) -> Any:
-    """One HTTP call: decoded JSON, or text where the body is not JSON.
-
-    `action` is an httpx method name, a payload of bytes is sent as it is. EngineError carries the status of an answer
-    that is not a success, and names the address where there was no answer after `retries` more attempts.
-    """
-    local = await _short_cut(action, url, payload)
-    if local is not None:
-        return local
-    for attempt in range(retries + 1):
-        try:
-            response = await _send(action, url, payload, headers or {})
-            break
-        except httpx.TransportError as error:
-            if attempt == retries:
-                detail = str(error) or type(error).__name__
-                tries = "one attempt" if attempt == 0 else f"{attempt + 1} attempts"
-                raise EngineError(f"{url}: no answer after {tries}: {detail}") from error
-            await asyncio.sleep(RETRY_PAUSE_S)
-    if response.is_error:
-        raise EngineError(f"{url}: {_error_text(response)}", status=response.status_code)
-    try:
-        return response.json()
-    except ValueError:
-        return response.text
-
-
-async def _short_cut(action: str, url: str, payload: Any) -> Any:
-    """The answer of an engine of this process for the two calls that matter for speed; None for anything else."""
-    engine = local_engine_at(url)
-    path = urlsplit(url).path if engine is not None else ""
-    if engine is None or action != "post" or not isinstance(payload, dict):
-        return None
-    if path == "/generate":
-        return await generate_json(engine, payload)
-    if path == "/abort_request":
-        engine.abort(payload.get("rid"), abort_all=bool(payload.get("abort_all")))
-        return ""
-    return None
-
-
-async def _send(action: str, url: str, payload: Any, headers: Mapping[str, str]) -> httpx.Response:
-    client = _http_client()
-    if action in ("get", "delete"):
-        if payload:
-            raise ValueError(f"{action} {url}: a {action} request carries no payload, got {payload!r}")
-        return await client.request(action.upper(), url, headers=headers)
-    if isinstance(payload, bytes):
-        return await client.request(action.upper(), url, content=payload, headers={**OCTETS, **headers})
-    return await client.request(action.upper(), url, json=payload or {}, headers=headers)
-
-
-def _error_text(response: httpx.Response) -> str:
-    """The engine's own sentence where it gave one, else the start of its answer."""
-    try:
-        body = response.json()
-    except ValueError:
-        return f"HTTP {response.status_code}: {response.text[:500]}"
-    error = body.get("error", body) if isinstance(body, dict) else body
-    message = error.get("message", error) if isinstance(error, dict) else error
-    return f"HTTP {response.status_code}: {message}"
-
-
-# ---- what plug-ins call ----------------------------------------------------------------------------------------------
-
-
-async def post(url: str, payload: Any, max_retries: int = 60, action: str = "post") -> Any:
-    """Send JSON to an engine, a router or a reward service, as published: any failure is tried again after a second.
-
-    `action` names an httpx method; `get` and `delete` carry no payload. After `max_retries` attempts the last error is
-    raised. A request that an engine refuses as malformed is not repeated.
-    """
-    for attempt in range(max(max_retries, 1)):
-        try:
-            return await request_json(action, url, payload)
-        except BadRequestError:
-            raise
-        except EngineError as error:
-            if error.status == 400 or attempt + 1 >= max_retries:
-                raise
-            if attempt % 10 == 0:
-                logger.warning("%s (attempt %d of %d, trying again)", error, attempt + 1, max_retries)
-        await asyncio.sleep(RETRY_PAUSE_S)
-    raise AssertionError("the last attempt returns or raises")
-
-
-async def get(url: str) -> Any:
-    """GET without retries; JSON, or text where the body is not JSON."""
-    return await request_json("get", url)

@@ -10,7 +10,8 @@ import asyncio
 import time
 from typing import Any
 
-from miles.engine.client import HttpEngineClient, request_json
+from miles.engine.calls import request_json
+from miles.engine.client import HttpEngineClient
 from miles.engine.fleet import Fleet
 from miles.engine.guard import bearer
 from miles.engine.member import Member

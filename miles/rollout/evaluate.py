@@ -10,13 +10,13 @@ from argparse import Namespace
 from typing import Any
 
 from miles.config.evaluation import EvalDatasetConfig
-from miles.engine.client import gather_or_cancel
 from miles.errors import FlagError
 from miles.hooks.values import BadReturn
 from miles.rollout.data_source import copy_sample, open_dataset
 from miles.rollout.dataset import Dataset
 from miles.rollout.sample import flat, generate_and_rm, valid
 from miles.rollout.state import GenerateState, compute_sampling_params
+from miles.tasks import gather_or_cancel
 from miles.types import RolloutFnEvalOutput, Sample
 
 DatasetCache = dict[Any, Dataset]

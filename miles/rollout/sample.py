@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from miles.engine.client import gather_or_cancel
 from miles.hooks import Hook
 from miles.hooks.values import BadReturn
 from miles.rollout.generate_hub import single_turn
 from miles.rollout.state import GenerateState
+from miles.tasks import gather_or_cancel
 from miles.types import Failure, GenerateFnInput, Group, Sample, is_failed
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import ModuleType
 
-from miles.engine.client import register_local_engine, unregister_local_engine
+from miles.engine.calls import register_local_engine, unregister_local_engine
 from miles.engine.embedded.engine import EmbeddedEngine
 from miles.engine.listen import bind_port
 from miles.rollout.loop_thread import get_async_loop

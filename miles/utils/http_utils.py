@@ -1,4 +1,4 @@
-"""Published import path of the HTTP helpers; `post` and `get` live in `miles.engine.client`, ports and processes here.
+"""Published import path of the HTTP helpers; `post` and `get` live in `miles.engine.calls`, ports and processes here.
 
 Plug-ins and launch scripts import these names from here; the core does not.
 """
@@ -10,7 +10,7 @@ import random
 import socket
 from argparse import Namespace
 
-from miles.engine.client import get, post, set_max_connections
+from miles.engine.calls import get, post, set_max_connections
 from miles.engine.listen import MILES_HOST_IP_ENV, get_host_info
 
 __all__ = [

@@ -13,7 +13,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
-from miles.engine.client import gather_or_cancel
 from miles.engine.embedded.engine import EmbeddedEngine
 from miles.engine.embedded.http import CLIENT_GONE, EventStream, Limits, json_response, read_object, while_connected
 from miles.engine.protocol import (
@@ -26,6 +25,7 @@ from miles.engine.protocol import (
     is_batch,
 )
 from miles.errors import EngineError
+from miles.tasks import gather_or_cancel
 
 HEALTH_TIMEOUT_S = 20.0
 """Within this a healthy engine ends a step."""

@@ -15,7 +15,7 @@ import logging
 from argparse import Namespace
 from typing import Any
 
-from miles.engine.client import request_json
+from miles.engine.calls import request_json
 from miles.errors import EngineError
 from miles.router.session.session_types import GetSessionResponse, SessionRecord
 from miles.types import STATUS_OF_FINISH_REASON, Sample

@@ -9,7 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from miles.engine.client import post
+from miles.engine.calls import post
 from miles.errors import EngineError
 from miles.rollout.generate_utils.generate_endpoint_utils import routed_experts_of
 from miles.types import Sample

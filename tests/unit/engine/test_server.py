@@ -16,7 +16,8 @@ import httpx
 import pytest
 from engine_tiny import make_checkpoint, run_all
 
-from miles.engine.client import HttpEngineClient, get, post
+from miles.engine.calls import get, post
+from miles.engine.client import HttpEngineClient
 from miles.engine.embedded import EmbeddedEngine
 from miles.engine.embedded.command import main
 from miles.engine.embedded.server import create_app, serve_in_loop

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from miles.engine.client import post
+from miles.engine.calls import post
 from miles.engine.embedded.engine import EmbeddedEngine
 from miles.errors import FlagError
 from miles.rollout.loop_thread import run
@@ -55,7 +55,7 @@ def test_nothing_heavy_is_imported_before_the_first_client() -> None:
     """In a fresh interpreter; `post` of this process reaches the engine without the server."""
     code = f"""
 import sys, urllib.request
-from miles.engine.client import post
+from miles.engine.calls import post
 from miles.engine.embedded.engine import EmbeddedEngine
 from miles.rollout.loop_thread import run
 from miles.run.serve import on_loopback
