@@ -56,15 +56,24 @@ class Generators:
 
 
 def start(
-    config: RunConfig, args: Namespace, loaded: trainers.LoadedTrainer | None, run_dir: Path, stack: ExitStack
+    config: RunConfig,
+    args: Namespace,
+    loaded: trainers.LoadedTrainer | None,
+    run_dir: Path,
+    stack: ExitStack,
+    *,
+    resuming: bool = False,
 ) -> Generators:
-    """Start what the run generates with; it ends with `stack`. Writes its address to `args`."""
+    """Start what the run generates with; it ends with `stack`. Writes its address to `args`.
+
+    `resuming`: the first weights are not those of --hf-checkpoint, which engines start with.
+    """
     if config.debug.debug_train_only:
         return Generators(None, None)
     _model_facts(config, args)
     count = config.cluster.rollout_num_gpus or 1
     if in_processes(config.rollout.rollout_engine, count, config.fault_tolerance.use_fault_tolerance):
-        return _start_fleet(config, args, loaded, run_dir, stack)
+        return _start_fleet(config, args, loaded, run_dir, stack, compare=not resuming)
     engine = _build_engine(config, loaded)
     stack.callback(engine.close)
     if not config.router.use_miles_router:
@@ -140,7 +149,13 @@ def _client(fleet: Fleet, config: RunConfig) -> FleetClient:
 
 
 def _start_fleet(
-    config: RunConfig, args: Namespace, loaded: trainers.LoadedTrainer | None, run_dir: Path, stack: ExitStack
+    config: RunConfig,
+    args: Namespace,
+    loaded: trainers.LoadedTrainer | None,
+    run_dir: Path,
+    stack: ExitStack,
+    *,
+    compare: bool,
 ) -> Generators:
     kind, count = config.rollout.rollout_engine, config.cluster.rollout_num_gpus or 1
     memory = None if loaded is None else loaded.memory()
@@ -159,7 +174,7 @@ def _start_fleet(
         delivery=None if memory is None else _delivery(config, run_dir, stack),
         router_url=router_url,
         start_router=None if config.engine.sglang_router_ip is not None else _router_launch(config, args, run_dir),
-        check_first_update=config.debug.check_weight_update_equal and memory is not None,
+        check_first_update=config.debug.check_weight_update_equal and compare and memory is not None,
     )
     stack.callback(fleet.close)
     fleet.start()

@@ -219,7 +219,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     stack.callback(install_tracker, None)
     _prepare_process(config, stack)
     loaded = None if config.debug.debug_rollout_only else trainers.load(config, args, hooks, record.path, stack)
-    generators = engines.start(config, args, loaded, record.path, stack)
+    generators = engines.start(config, args, loaded, record.path, stack, resuming=checkpoint is not None)
     client = generators.client
     if client is not None:
         context.install(context.RunContext(hooks, client, seeds_each_sample=generators.seeds_each_sample))
@@ -344,5 +344,7 @@ def _announce(
         display.notice(f"{checkpoint.folder} has all {total} rollouts already. Raise --num-rollout to train on.")
     elif checkpoint is not None:
         display.notice(f"resuming from {checkpoint.folder}: rollout {start} is next")
-    elif config.checkpoint.load is not None:
+    if checkpoint is not None and config.debug.check_weight_update_equal:
+        display.notice("--check-weight-update-equal: not done, engines start with other weights than the checkpoint's")
+    if checkpoint is None and config.checkpoint.load is not None:
         display.notice(f"--load {config.checkpoint.load} holds no checkpoint yet: starting from --hf-checkpoint")

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from e2e_runs import BASE, HERE, ROOT, START_TIMEOUT_S, exported, metrics, miles, same, started, train
+from e2e_runs import BASE, HERE, ROOT, START_TIMEOUT_S, exported, metrics, miles, same, saving, started, train
 from moe_model import NUM_LAYERS, TOP_K, make_moe
 
 from miles.engine.process import ServerProcess, child_environment, free_port, wait_until_it_answers
@@ -68,6 +68,16 @@ def test_engines_that_give_their_memory_back_while_the_trainer_works(plain: Path
     run = train(tmp_path / "run", "--use-fault-tolerance", "--colocate", *QUICK_CHECKS)
     complete(run)
     assert [responses(run, i) for i in range(ROLLOUTS)] == [responses(plain, i) for i in range(ROLLOUTS)]
+
+
+def test_a_run_with_a_fleet_resumes(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Engines start with the base model; the checkpoint's weights are there before the first request."""
+    run, two = tmp_path / "run", ("--rollout-num-gpus", 2, "--check-weight-update-equal")
+    train(run, *two, *saving(run), "--num-rollout", 2)
+    train(run, *two, *saving(run), "--load", run / "ck")
+    complete(run)
+    assert [responses(run, i) for i in range(ROLLOUTS)] == [responses(plain, i) for i in range(ROLLOUTS)]
+    assert "--check-weight-update-equal: not done" in capsys.readouterr().out
 
 
 def test_engines_of_a_trainer_in_several_processes(plain: Path, tmp_path: Path) -> None:
