@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 import uvloop
@@ -28,6 +28,7 @@ from miles.engine.guard import Guard, is_loopback, token_of_process
 from miles.engine.listen import bind_port, url_of
 from miles.engine.parent import die_with
 from miles.errors import FlagError, UsageError
+from miles.router.acceptor import Acceptor
 from miles.router.balance import WorkerUrlError, worker_url
 from miles.router.router import MilesRouter
 from miles.router.settings import MIB
@@ -59,11 +60,22 @@ OPEN_PATHS = (
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that ends, at SIGINT or SIGTERM, with exit status 0."""
+    """uvicorn that accepts in bulk and ends, at SIGINT or SIGTERM, with exit status 0."""
 
-    def __init__(self, config: uvicorn.Config, router: MilesRouter) -> None:
+    def __init__(self, config: uvicorn.Config, router: MilesRouter, listener: socket.socket) -> None:
         super().__init__(config)
-        self._router = router
+        self._router, self._listener = router, listener
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])
+        self.servers.append(cast(Any, Acceptor(self._listener, self._protocol)))
+
+    def _protocol(self) -> asyncio.Protocol:
+        make = cast(Any, self.config.http_protocol_class)
+        return cast(
+            asyncio.Protocol,
+            make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=None),
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -107,7 +119,7 @@ def _serve_on(router: MilesRouter, listener: socket.socket, token: str) -> None:
     )
     print(f"miles router at {url_of(listener)} (stop with Ctrl-C)", flush=True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_Server(config, router).serve(sockets=[listener]))
+        runner.run(_Server(config, router, listener).serve(sockets=[]))
 
 
 def raise_open_files() -> None:
