@@ -60,7 +60,7 @@ async def tokens_per_second(url: str, concurrency: int, requests: int) -> float:
     rng = random.Random(concurrency)
     prompts = [[rng.randrange(2, VOCAB) for _ in range(PROMPT)] for _ in range(requests)]
     params = {"max_new_tokens": ANSWER, "ignore_eos": True, "temperature": 1.0}
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # SGLang, when busy, closes idle ones
     async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:
 
         async def one_client() -> None:
@@ -103,6 +103,8 @@ def main() -> None:
             server = ServerProcess(name, argv, f"http://127.0.0.1:{port}", Path(work) / f"{name}.log", environment)
             try:
                 results[name] = measure(server, options.concurrency)
+            except httpx.HTTPError as error:
+                raise SystemExit(f"{name}: {error!r}; {server.last_words()}") from error
             finally:
                 server.stop()
     for n in options.concurrency:
