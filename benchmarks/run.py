@@ -19,6 +19,8 @@ BENCHMARKS = (
     "megatron_weights.py",
     "logprobs.py",
     "engine_decode.py",
+    "router.py",
+    "engine_http.py",
     "quickstart.py",
 )
 

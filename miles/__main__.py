@@ -3,6 +3,7 @@
 miles train    train; also `python train.py`           miles new      write a plug-in that works, and its test
 miles check    load and try every plug-in, no run      miles replay   a plug-in on a recorded rollout
 miles hooks    the plug points and their signatures    miles serve    the embedded engine as a server
+                                                       miles route    one address in front of several engines
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ COMMANDS = {
     "hooks": ("miles.run.check", "hooks_main", "list the plug points, or the forms that plug-ins were bound as"),
     "new": ("miles.hooks.new", "new_main", "write a plug-in that works and a passing test for it"),
     "replay": ("miles.trial.replay", "main", "run a plug-in on a recorded rollout, or a failed call again"),
-    "serve": ("miles.engine.embedded.server", "main", "serve a model over SGLang's HTTP API"),
+    "route": ("miles.router.serve", "main", "one address in front of several engines"),
+    "serve": ("miles.engine.embedded.command", "main", "serve a model over SGLang's HTTP API"),
 }
 
 

@@ -1,6 +1,7 @@
 """An agent that checks its own answer: it asks, and then asks the model to correct itself.
 
-    miles hooks --custom-agent-function-path examples/plug_ins/custom_agent_function.py:ask_twice
+    miles train --config examples/agentic/agentic.yaml \
+        --custom-agent-function-path examples/plug_ins/custom_agent_function.py:ask_twice
 
 It speaks to `base_url` as to any OpenAI server, and could be an agent framework that knows nothing of training. What
 was said is recorded on the other side and becomes the sample.

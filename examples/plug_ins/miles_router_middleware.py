@@ -1,6 +1,7 @@
 """Latency of every path of the router, kept in the headers of the answers.
 
-    miles hooks --miles-router-middleware-paths examples/plug_ins/miles_router_middleware.py:Timed
+    miles train --config examples/quickstart/carry.yaml --use-miles-router \
+        --miles-router-middleware-paths examples/plug_ins/miles_router_middleware.py:Timed
 
 A Starlette middleware like any other: it sees each request before the router sends it to an engine, and the answer
 after that.

@@ -24,6 +24,8 @@ class Draft:
         self.values["rollout_function_path"] = default_rollout_function_path()
         self.origins: dict[str, Origin] = dict.fromkeys(FLAGS, "default")
         self.extras: dict[str, Any] = {}
+        # Extras of `--sglang-<flag>` and `--router-<flag>` that nobody declares.
+        self.passed: list[str] = []
         self.eval_datasets: list[Any] = []
         self.notices: list[str] = []
         # Plug points that a plug-in of the run declares itself: it calls them, whatever the core does.

@@ -25,7 +25,7 @@ import ast
 import json
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -56,11 +56,17 @@ class Status:
     """`effective`; `no_meaning_here`: one notice when given; `not_built`: refused when given, with `sentence`.
 
     `when` narrows the last two to some values; without it they hold for every value that is not the default.
+    `engines` are the statuses for some values of `--rollout-engine`; this one holds for the others.
     """
 
     kind: Literal["effective", "no_meaning_here", "not_built"] = "effective"
     sentence: str = ""
     when: Callable[[Any], bool] | None = None
+    engines: Mapping[str, Status] = field(default_factory=dict)
+
+    def of(self, engine: str) -> Status:
+        """What becomes of the flag in a run with this engine."""
+        return self.engines.get(engine, self)
 
     def applies_to(self, value: Any, default: Any) -> bool:
         if self.kind == "effective":
@@ -77,6 +83,11 @@ def no_meaning_here(sentence: str, *, when: Callable[[Any], bool] | None = None)
 
 def not_built(sentence: str, *, when: Callable[[Any], bool] | None = None) -> Status:
     return Status("not_built", sentence, when)
+
+
+def by_engine(**statuses: Status) -> Status:
+    """Effective, except with the engines that are named."""
+    return Status(engines=statuses)
 
 
 def above(limit: float) -> Callable[[Any], bool]:

@@ -77,6 +77,8 @@ def _remark(flag: Flag) -> str:
         remarks.append("not built yet" + (": " + ", ".join(missing) if missing else ""))
     elif flag.status.kind == "no_meaning_here":
         remarks.append("no meaning here")
+    elif "embedded" in flag.status.engines:
+        remarks.append("with --rollout-engine sglang")
     return f" [{', '.join(remarks)}]" if remarks else ""
 
 

@@ -101,7 +101,7 @@ def _read_all(draft: Draft, parser: Parser, argv: Sequence[str]) -> None:
     _give_entries(draft, parser, entries)
     for name, value in {**vars(given), **passed}.items():
         draft.give(name, value, "command line")
-    draft.notices += [passthrough.notice(name, parser.options) for name in _undeclared(draft, parser)]
+    draft.passed = _undeclared(draft, parser)
     missing = [parser.plugin_actions[name].option_strings[0] for name in required if name not in draft.extras]
     if missing:
         raise FlagError(", ".join(missing), given="required by a plug-in, but not given.")
@@ -200,5 +200,10 @@ def _build(draft: Draft) -> RunConfig:
         built[name] = section(**values)
     origins: dict[str, str] = dict(draft.origins)
     return RunConfig(
-        **built, extras=draft.extras, notices=draft.notices, substitutions=draft.substitutions, origins=origins
+        **built,
+        extras=draft.extras,
+        passed=tuple(draft.passed),
+        notices=draft.notices,
+        substitutions=draft.substitutions,
+        origins=origins,
     )

@@ -1,7 +1,8 @@
 """`--sglang-<flag>` and `--router-<flag>` that are not declared here: they land on `args` as they are.
 
 SGLang and its router have hundreds of flags that change with their versions. The ones that miles itself reads are
-declared in `miles.config.sections.serving`; the others are taken without knowing them, with a notice.
+declared in `miles.config.sections.serving`; the others are taken as they are, and checked against a table of SGLang's
+flags where its servers are started (`miles.config.engines`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ PREFIXES = ("sglang_", "router_")
 
 SET_BY_MILES = {
     "sglang_model_path": "--hf-checkpoint",
+    "sglang_model": "--hf-checkpoint",
     "sglang_tp_size": "--rollout-num-gpus-per-engine",
     "sglang_tensor_parallel_size": "--rollout-num-gpus-per-engine",
     "sglang_random_seed": "--seed",
+    "sglang_host": "",
     "sglang_port": "--sglang-router-port",
     "sglang_enable_memory_saver": "--offload-rollout",
     "sglang_enable_return_routed_experts": "--use-rollout-routing-replay",
@@ -69,12 +72,14 @@ def split(argv: Sequence[str], known: Collection[str]) -> tuple[list[str], dict[
     return rest, passed
 
 
-def notice(name: str, known: Collection[str]) -> str:
-    """One line about an undeclared flag; names the declared one that it may have been meant to be."""
+def notice(name: str, known: Collection[str], engine: str) -> str:
+    """One line about an undeclared flag that nobody reads here; names the one that it may have been meant to be."""
     option = "--" + name.replace("_", "-")
     close = difflib.get_close_matches(option, known, n=1, cutoff=0.9)
     hint = f" Did you mean {close[0]}?" if close else ""
-    return f"{option}: passed through unchecked; it has no meaning for the embedded engine.{hint}"
+    if name.startswith("router_"):
+        return f"{option}: no meaning here, it belongs to a router that this run does not start.{hint}"
+    return f"{option}: no meaning here, it belongs to SGLang's servers, and this run starts none ({engine}).{hint}"
 
 
 def _is_option(text: str) -> bool:

@@ -20,7 +20,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from miles.config import megatron, model_folder
+from miles.config import engines, megatron, model_folder
 from miles.config.draft import Draft
 from miles.config.evaluation import resolve_eval_datasets
 from miles.config.machine import local_gpus
@@ -109,8 +109,9 @@ def apply_statuses(draft: Draft) -> None:
     """
     refused: list[str] = []
     of_others: list[str] = []
+    engine = engines.kind(draft)
     for name, flag in FLAGS.items():
-        value, status = draft[name], flag.status
+        value, status = draft[name], flag.status.of(engine)
         if not draft.given(name) or name in draft.claimed:
             continue
         if flag.only not in (None, draft["train_backend"]):
@@ -429,6 +430,29 @@ def multi_turn(draft: Draft) -> None:
         raise FlagError("--partial-rollout", given=f"{path} cannot go on with a conversation that was cut short.")
 
 
+AGENTIC = "miles.rollout.generate_hub.agentic_tool_call.generate"
+
+
+def agentic(draft: Draft) -> None:
+    """What the built-in generation with an agent cannot do without, and what it cannot do."""
+    path = draft["custom_generate_function_path"]
+    if path is None or path.replace(":", ".") != AGENTIC:
+        if draft["custom_agent_function_path"] is not None and path is None:
+            draft.notices.append(
+                f"--custom-agent-function-path: no meaning here, without --custom-generate-function-path {AGENTIC}."
+            )
+        return
+    needed = {
+        "--custom-agent-function-path": draft["custom_agent_function_path"],
+        "--use-miles-router (agents talk to its sessions)": draft["use_miles_router"] or None,
+    }
+    missing = [option for option, value in needed.items() if value is None]
+    if missing:
+        raise FlagError(f"--custom-generate-function-path {path}", given=f"needs {' and '.join(missing)}.")
+    if draft["partial_rollout"]:
+        raise FlagError("--partial-rollout", given=f"{path} cannot go on with a conversation that was cut short.")
+
+
 BUILT_IN_ROLLOUTS = (
     "miles.rollout.sglang_rollout.generate_rollout",
     "miles.rollout.inference_rollout.inference_rollout_common.InferenceRolloutFn",
@@ -537,6 +561,7 @@ EFFECTS: list[Rule] = [
     debug_dumps,
     debug_replay,
     colocation,
+    engines.choose,
     debug_rollout,
     critic_defaults,
     clip_range,
@@ -548,6 +573,7 @@ EFFECTS: list[Rule] = [
     over_sampling,
     prompts_of_the_rollout,
     multi_turn,
+    agentic,
     partial_rollout,
     log_prob_tokens,
     prompt_length,
@@ -559,6 +585,7 @@ EFFECTS: list[Rule] = [
     whitening,
     policy_loss_inputs,
     critic_inputs,
+    engines.check,
     unread,
 ]
 

@@ -45,6 +45,8 @@ class RunConfig:
     hooks: s.HooksConfig
     # Attributes of `args` that are no flags of miles: of plug-ins, of SGLang, of --custom-config-path.
     extras: dict[str, Any] = field(default_factory=dict)
+    # Those of them that are `--sglang-<flag>` or `--router-<flag>` and are not declared.
+    passed: tuple[str, ...] = ()
     # One line each: substituted defaults, flags without meaning here.
     notices: list[str] = field(default_factory=list, compare=False)
     # Name -> its notice, for the defaults among them.

@@ -13,6 +13,7 @@ and the router find a request again by `rid`, which is unique among the requests
 from __future__ import annotations
 
 import math
+import reprlib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -29,6 +30,13 @@ GREEDY_BELOW = 1e-6
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """What SGLang generates when `max_new_tokens` is not given."""
+
+
+MAX_REQUESTS = 65536
+"""Requests that one body may ask for: its prompts times their `n`."""
+
+MAX_STOPS = 1024
+"""Stop strings of one request; each is looked for after every token."""
 
 
 class BadRequestError(EngineError):
@@ -109,7 +117,9 @@ class SamplingParams:
                 f"min_new_tokens must be in [0, max_new_tokens ({self.max_new_tokens})], got {self.min_new_tokens}."
             )
         if self.n < 1:
-            raise BadRequestError(f"n must be >= 1, got {self.n}.")
+            raise BadRequestError(f"n must be >= 1, got {_show(self.n)}.")
+        if len(self.stop) > MAX_STOPS:
+            raise BadRequestError(f"stop: at most {MAX_STOPS} strings, got {len(self.stop)}.")
         if self.sampling_seed is not None and not -(2**63) <= self.sampling_seed < 2**63:
             raise BadRequestError(f"sampling_seed must fit into 64 bits, got {self.sampling_seed}.")
 
@@ -123,12 +133,18 @@ class SamplingParams:
         return self.top_p < 1.0 or self.top_k != -1 or self.min_p > 0.0
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60
+
+
 def _show(value: object) -> str:
-    text = repr(value)
+    """A value in a message: bounded, however large it is."""
+    text = _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    name = name[:100]
     near = get_close_matches(name, known, n=1)
     return f"unknown {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
 
@@ -237,16 +253,19 @@ class GenerateRequest:
         value for all. Request ids of `n` > 1 and of batches with one `rid` are `<rid>_<i>`.
         """
         for name, value in payload.items():
-            if name in _REQUEST_FIELDS:
+            if name in _REQUEST_FIELDS or name in _IGNORED_FIELDS or name == "stream":  # the server streams
                 continue
             if name not in _NEUTRAL_FIELDS:
-                raise BadRequestError(_unknown("field", str(name), [*_REQUEST_FIELDS, *_NEUTRAL_FIELDS]))
+                raise BadRequestError(_unknown("field", str(name), [*_REQUEST_FIELDS, "stream", *_NEUTRAL_FIELDS]))
             if value:
                 raise BadRequestError(f"{name!r} is not built into this engine (got {_show(value)}). Leave it out.")
         prompts = _prompts(payload)
         count = len(prompts)
         params = [SamplingParams.from_payload(p) for p in _per_prompt(payload, "sampling_params", count)]
         columns = {name: _per_prompt(payload, name, count) for name in _REQUEST_FIELDS if name in _COLUMN_CHECKS}
+        if (total := sum(p.n for p in params)) > MAX_REQUESTS:
+            raise BadRequestError(f"n: one body may ask for at most {MAX_REQUESTS} answers, got {total}.")
+        _flag("stream", payload.get("stream") or False)
         rids = _request_ids(payload.get("rid"), [p.n for p in params], alone=not is_batch(payload))
         requests = []
         for i, prompt in enumerate(prompts):
@@ -269,10 +288,13 @@ _REQUEST_FIELDS = [f.name for f in fields(GenerateRequest)]
 
 # Fields of SGLang's body that only a full engine has; accepted where they ask for nothing.
 _NEUTRAL_FIELDS = """
-    stream image_data video_data audio_data input_embeds top_logprobs_num token_ids_logprob return_hidden_states
-    session_params lora_path lora_id modalities custom_logit_processor priority extra_key routing_key log_metrics
-    background conversation_id bootstrap_host bootstrap_port bootstrap_room data_parallel_rank
+    image_data video_data audio_data input_embeds top_logprobs_num token_ids_logprob return_hidden_states
+    session_params lora_path lora_id modalities custom_logit_processor priority extra_key routing_key background
+    conversation_id bootstrap_host bootstrap_port bootstrap_room data_parallel_rank return_bytes return_entropy
 """.split()  # noqa: SIM905
+
+# What concerns whoever passes a request on, and how it is logged: routers of SGLang add these to every request.
+_IGNORED_FIELDS = ("model", "log_metrics", "no_logs")
 
 
 def is_batch(payload: Mapping[str, Any]) -> bool:
@@ -377,7 +399,7 @@ class GenerateResult:
     rid: str
     text: str
     output_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None  # None: one of a stream's partial results, more is to come
     prompt_tokens: int
     weight_versions: list[WeightVersionSpan]  # never empty; the last one is the current version
     cached_tokens: int = 0
@@ -397,7 +419,7 @@ class GenerateResult:
     def to_json(self) -> Json:
         meta_info: Json = {
             "id": self.rid,
-            "finish_reason": self.finish_reason.to_json(),
+            "finish_reason": None if self.finish_reason is None else self.finish_reason.to_json(),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": len(self.output_ids),
             "cached_tokens": self.cached_tokens,
@@ -413,3 +435,57 @@ class GenerateResult:
         if self.routed_experts is not None:
             meta_info["routed_experts"] = self.routed_experts
         return {"text": self.text, "output_ids": self.output_ids, "meta_info": meta_info}
+
+
+# ---- description -----------------------------------------------------------------------------------------------------
+
+_SCHEMAS: dict[Any, Json] = {
+    _number: {"type": "number"},
+    _whole: {"type": "integer"},
+    _whole_or_none: {"type": ["integer", "null"]},
+    _flag: {"type": "boolean"},
+    _strings: {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+    _token_set: {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]},
+}
+
+_RANGES: dict[str, Json] = {
+    "temperature": {"minimum": 0},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "top_k": {"minimum": -1},
+    "min_p": {"minimum": 0, "maximum": 1},
+    "max_new_tokens": {"minimum": 0},
+    "min_new_tokens": {"minimum": 0},
+    "n": {"minimum": 1, "maximum": MAX_REQUESTS},
+    "sampling_seed": {"minimum": -(2**63), "maximum": 2**63 - 1},
+}
+
+
+def generate_schema() -> Json:
+    """JSON schema of a `/generate` body, made from the tables that check one."""
+
+    def one_or_per_prompt(schema: Json) -> Json:
+        return {"anyOf": [schema, {"type": "array", "items": schema}]}
+
+    def neutral(values: Sequence[object]) -> Json:
+        return {"enum": list(values)}
+
+    sampling: Json = {name: _SCHEMAS[check] | _RANGES.get(name, {}) for name, check in _CONVERTERS.items()}
+    sampling |= {name: neutral(values) for name, values in _NEUTRAL_SAMPLING.items()}
+    parameters: Json = {"type": "object", "properties": sampling, "additionalProperties": False}
+    ids: Json = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+    properties: Json = {
+        "text": one_or_per_prompt({"type": "string"}),
+        "input_ids": {"anyOf": [ids, {"type": "array", "items": ids, "minItems": 1}]},
+        "sampling_params": one_or_per_prompt(parameters),
+        "rid": one_or_per_prompt({"type": "string"}),
+        "stream": {"type": "boolean"},
+    }
+    properties |= {name: one_or_per_prompt(_SCHEMAS[check]) for name, check in _COLUMN_CHECKS.items()}
+    properties |= {name: neutral([None, False, 0]) for name in _NEUTRAL_FIELDS}
+    properties |= {name: {"description": "Ignored."} for name in _IGNORED_FIELDS}
+    return {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+        "oneOf": [{"required": ["text"]}, {"required": ["input_ids"]}],
+    }

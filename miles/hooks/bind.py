@@ -17,7 +17,7 @@ from miles.errors import HookReport, MilesError
 from miles.hooks.adapt import Callee, Mismatch, callee_of, is_async, recognise
 from miles.hooks.adapters import adapt
 from miles.hooks.call import Hook, RewardHook, RolloutHook
-from miles.hooks.call_special import GenerateHook, ObjectHook, ReducerHook
+from miles.hooks.call_special import AgentHook, GenerateHook, ObjectHook, ReducerHook
 from miles.hooks.catalog import CATALOG, plug_point_named
 from miles.hooks.guard import Guard
 from miles.hooks.load import load_function
@@ -36,6 +36,7 @@ _SPECIAL: dict[str, type[Hook]] = {
     "custom_rm": RewardHook,
     "data_source": ObjectHook,
     "custom_pg_loss_reducer_function": ReducerHook,
+    "custom_agent_function": AgentHook,
 }
 
 
@@ -74,7 +75,7 @@ class Hooks:
     custom_megatron_post_save_hook: Hook | None
     custom_model_provider: Hook | None
     miles_router_middleware: tuple[Hook, ...]
-    custom_agent_function: Hook | None
+    custom_agent_function: AgentHook | None
     generate_tool_specs: Hook | None
     generate_execute_tool_function: Hook | None
 

@@ -37,6 +37,7 @@ from miles.hooks.source import Source, is_built_in
 from miles.hooks.stats import HookStats
 from miles.hooks.threads import Threads
 from miles.hooks.values import BadReturn, reward_problem
+from miles.tasks import gather_or_cancel
 from miles.types import (
     DynamicFilterOutput,
     Failure,
@@ -276,7 +277,7 @@ class RewardHook(Hook):
         if not samples:
             return []
         if self._adapted.batch is None:
-            return await _gather([self._scored(args, sample) for sample in samples])
+            return await gather_or_cancel([self._scored(args, sample) for sample in samples])
         begin = perf_counter()
         try:
             return list(await self._attempts(self._checked_batch, (args, samples), {}))
@@ -386,18 +387,6 @@ class RolloutHook(Hook):
 
 async def _awaited(value: Awaitable[Any]) -> Any:
     return await value
-
-
-async def _gather(coroutines: list[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """`asyncio.gather` that leaves nothing running behind an error."""
-    tasks = [asyncio.ensure_future(c) for c in coroutines]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def raise_if_passing(error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""Hooks of the plug points that are more than a call: an object, a reducer, a generate function."""
+"""Hooks of the plug points that are more than a call: an object, a reducer, a generate function, an agent."""
 
 from __future__ import annotations
 
@@ -64,3 +64,16 @@ class GenerateHook(Hook):
 
 
 _CHANGED_IN_PLACE = (list, dict, Sample.SpecInfo, Sample.PrefixCacheInfo)
+
+
+class AgentHook(Hook):
+    """The agent: every attempt has a session of its own, so that a retry does not go on with what a failed one said.
+
+    `base_url` is the address, or an async function that opens a session and returns its address.
+    """
+
+    async def _limited(self, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: Any) -> Any:
+        base_url = kwargs["base_url"]
+        if callable(base_url):
+            kwargs = {**kwargs, "base_url": await base_url()}
+        return await super()._limited(call, args, kwargs)

@@ -93,11 +93,8 @@ def new_main(argv: Sequence[str]) -> int:
 def try_it(point: PlugPoint, target: Target) -> str:
     """The command that tries the plug-in without a run."""
     used = f"{point.flag} {shlex.quote(target.path)}"
-    flags = SKELETONS[point.name].flags
-    if flags is None:
-        return f"miles hooks {used}"
     run = f"--config {QUICKSTART}" if QUICKSTART.is_file() else "FLAGS OF YOUR RUN"
-    return " ".join(filter(None, ["miles check", run, flags, used]))
+    return " ".join(filter(None, ["miles check", run, SKELETONS[point.name].flags, used]))
 
 
 def target_of(text: str | None, point: PlugPoint) -> Target:

@@ -17,13 +17,14 @@ class Skeleton:
     # Source above the definition, and whether the definition is `body` as a whole.
     constants: str = ""
     whole: bool = False
-    # Flags without which a run does not call it; None where no run calls it yet.
-    flags: str | None = ""
+    # Flags without which a run does not call it.
+    flags: str = ""
 
 
 _MULTI_TURN = (
     "--custom-generate-function-path miles.rollout.generate_hub.multi_turn.generate --generate-tool-call-parser hermes"
 )
+_AGENTIC = "--custom-generate-function-path miles.rollout.generate_hub.agentic_tool_call.generate --use-miles-router"
 
 _SAMPLES = """\
 samples = [Sample(index=i, response="4", tokens=[1, 2], response_length=1, reward=float(i)) for i in range(2)]
@@ -305,12 +306,10 @@ assert source.get_samples(1) == groups[:1]
 """,
         whole=True,
     ),
-    "custom_megatron_init": Skeleton(
-        "published", 'print("the trainer is initialised")\n', "hook(Namespace())\n"
-    ),
+    "custom_megatron_init": Skeleton("published", 'print("the trainer is initialised")\n', "hook(Namespace())\n"),
     "custom_megatron_before_log_prob_hook": Skeleton(
         "published",
-        'print(f"log-probs of the {store_prefix or \'actor\'} pass, {len(model)} model chunks")\n',
+        "print(f\"log-probs of the {store_prefix or 'actor'} pass, {len(model)} model chunks\")\n",
         'hook(Namespace(), [], "ref_")\n',
     ),
     "custom_megatron_before_train_step_hook": Skeleton(
@@ -381,7 +380,7 @@ asyncio.run(middleware({"type": "http"}, None, None))
 assert middleware.requests == 1
 """,
         whole=True,
-        flags=None,
+        flags="--use-miles-router",
     ),
     "custom_agent_function": Skeleton(
         "published",
@@ -408,7 +407,7 @@ monkeypatch.setattr(httpx, "AsyncClient", lambda **given: client(transport=httpx
 asyncio.run(hook.call_async(base_url="http://here", prompt="2+2=", request_kwargs={}))
 assert seen == ["http://here/v1/chat/completions"]
 """,
-        flags=None,
+        flags=_AGENTIC,
     ),
     "generate_tool_specs": Skeleton(
         "list",

@@ -14,8 +14,9 @@ from miles.errors import FlagError
 from miles.hooks.values import BadReturn
 from miles.rollout.data_source import copy_sample, open_dataset
 from miles.rollout.dataset import Dataset
-from miles.rollout.sample import flat, gather_or_cancel, generate_and_rm, valid
+from miles.rollout.sample import flat, generate_and_rm, valid
 from miles.rollout.state import GenerateState, compute_sampling_params
+from miles.tasks import gather_or_cancel
 from miles.types import RolloutFnEvalOutput, Sample
 
 DatasetCache = dict[Any, Dataset]

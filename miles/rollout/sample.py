@@ -8,14 +8,14 @@ A score that failed under a tolerant policy marks its sample (`mark_failed`); fr
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from miles.hooks import Hook
 from miles.hooks.values import BadReturn
 from miles.rollout.generate_hub import single_turn
 from miles.rollout.state import GenerateState
+from miles.tasks import gather_or_cancel
 from miles.types import Failure, GenerateFnInput, Group, Sample, is_failed
 
 T = TypeVar("T")
@@ -157,15 +157,3 @@ def first_sample(group: Group) -> Sample:
     """The sample that a group is sorted and logged by (entries of multi-sample groups are lists)."""
     entry: Any = group[0]
     return entry[0] if isinstance(entry, list) else entry
-
-
-async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """`asyncio.gather` that leaves nothing running behind: the first error cancels the rest and is raised."""
-    tasks = [asyncio.ensure_future(c) for c in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

@@ -2,17 +2,18 @@
 
     run directory ── who else is using it is found out first
     trainer ──────── loads the model, here or in processes of its own (`trainers`); for PPO a critic's beside it
-    engine ───────── on the same weights; serves the protocol on loopback, so that plug-ins can post to it
+    engines ──────── on the same weights, here or in processes of their own (`engines`); plug-ins can post to them
     manager ──────── data source, rollout functions
     actor ────────── losses, optimizer steps, weight updates; restored from --load where there is a checkpoint
     driver ───────── `miles.run.train`
 
-The engine and the manager share this process, and so does a trainer that is one process. On a cluster the same classes
+The manager is in this process, and so are an engine and a trainer that are one. On a cluster the same classes
 are built inside Ray actors; `Run` is all the driver ever sees.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -27,9 +28,7 @@ import torch
 
 from miles.config import RunConfig
 from miles.config.dump import as_yaml, resolved
-from miles.engine.client import EngineClient, LocalEngineClient
-from miles.engine.embedded.engine import EmbeddedEngine, end_of_sequence_ids, in_passing_thread
-from miles.engine.embedded.model import load_config
+from miles.engine.fleet import Fleet
 from miles.hooks import Hooks
 from miles.hooks.watchdog import Watchdog
 from miles.observe.display import Display
@@ -43,16 +42,12 @@ from miles.observe.tracking import install as install_tracker
 from miles.rollout import context
 from miles.rollout.loop_thread import get_async_loop
 from miles.rollout.singleton import SingletonMeta
-from miles.rollout.tokenizer import load_tokenizer
-from miles.run import host, resume, serve, trainers
+from miles.run import engines, host, resume, trainers
 from miles.run.manager import RolloutManager
 from miles.run.roles import RolloutRole, TrainRole
 from miles.run.watch import Watch
 from miles.trainer.actor import Restoring
 from miles.trainer.schedule import schedule_of
-
-# Requests that decode together; the rest wait. More cost memory for keys and values and gain little on a CPU.
-DEFAULT_RUNNING_REQUESTS = 256
 
 
 @dataclass(frozen=True)
@@ -78,8 +73,15 @@ class Run:
     start_rollout_id: int
     num_rollout: int
     num_rollout_per_epoch: int | None
+    # Engines that give their memory back while the trainer works (`--offload-rollout`).
+    offloaded: Fleet | None = None
     # A checkpoint whose files are being written while training goes on.
     _unfinished: Unfinished | None = None
+
+    async def offload_engines(self) -> None:
+        """Until the next weight update, which brings them back."""
+        if self.offloaded is not None:
+            await asyncio.to_thread(self.offloaded.release_memory)
 
     async def save(self, rollout_id: int, *, served: bool) -> None:
         """One checkpoint of everything, and the Hugging Face folder that `--save-hf` names.
@@ -218,8 +220,10 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     stack.callback(install_tracker, None)
     _prepare_process(config, stack)
     loaded = None if config.debug.debug_rollout_only else trainers.load(config, args, hooks, record.path, stack)
-    engine, client = _start_engine(config, args, loaded, stack)
-    context.install(None if client is None else context.RunContext(hooks=hooks, client=client, seeds_each_sample=True))
+    generators = engines.start(config, args, loaded, record.path, stack, resuming=checkpoint is not None)
+    client = generators.client
+    if client is not None:
+        context.install(context.RunContext(hooks, client, seeds_each_sample=generators.seeds_each_sample))
     stack.callback(context.install, None)
     stack.callback(SingletonMeta.clear_all_instances)  # the next run of this process has settings of its own
 
@@ -239,7 +243,7 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     trainer = None
     if loaded is not None:
         schedule = schedule_of(config.optimizer, num_rollout * (config.data.steps_per_rollout or 1))
-        given = trainers.Surroundings(args, hooks, tracker, schedule, engine, clock.optimizer_step)
+        given = trainers.Surroundings(args, hooks, tracker, schedule, generators.target, clock.optimizer_step)
         trainer = loaded.role(given)
         with_optimizer = meta is not None and not config.checkpoint.no_load_optim
         if config.algorithm.use_critic:
@@ -273,7 +277,11 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     if crowded is not None:
         display.notice(crowded)
     _announce(told, record, display, checkpoint, start_rollout_id, num_rollout)
-    return Run(config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch)
+    offloads = config.cluster.offload_rollout and isinstance(generators.target, Fleet)
+    return Run(
+        *(config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch),
+        offloaded=generators.target if offloads else None,
+    )
 
 
 def anchored(config: RunConfig, args: Namespace) -> RunConfig:
@@ -314,43 +322,6 @@ def _open_record(config: RunConfig, *, resuming: bool) -> RunRecord:
     return RunRecord(folder, resume=resuming, inputs=[path for path in read if path is not None])
 
 
-def _start_engine(
-    config: RunConfig, args: Namespace, loaded: trainers.LoadedTrainer | None, stack: ExitStack
-) -> tuple[EmbeddedEngine | None, EngineClient | None]:
-    """The embedded engine on the trainer's own tensors (or on the folder's, without a trainer), and its server."""
-    if config.debug.debug_train_only:
-        return None, None
-    folder = str(config.rollout.hf_checkpoint)
-    options = {
-        "max_running_requests": config.engine.sglang_max_running_requests or DEFAULT_RUNNING_REQUESTS,
-        "max_total_tokens": config.engine.sglang_max_total_tokens,
-        "context_length": config.engine.sglang_context_length,
-        "seed": config.run.seed,
-        "exact": config.train.true_on_policy_mode,
-    }
-
-    def build() -> EmbeddedEngine:
-        if loaded is None:
-            return EmbeddedEngine.from_folder(folder, **options)
-        tokenizer, hf_config = load_tokenizer(folder, trust_remote_code=True), load_config(folder)
-        return EmbeddedEngine(
-            hf_config,
-            loaded.weights(),
-            tokenizer,
-            eos_token_ids=end_of_sequence_ids(hf_config, tokenizer, folder),
-            model_path=folder,
-            **options,
-        )
-
-    engine = in_passing_thread(build)
-    stack.callback(engine.close)
-    address = stack.enter_context(serve.on_loopback(engine, config.engine.sglang_router_port))
-    args.sglang_router_ip, args.sglang_router_port = address
-    # Facts of the model under the names that Megatron's flags have: who decodes routed experts reads them.
-    args.num_layers, args.moe_router_topk = engine.model.shape.num_layers, engine.model.shape.top_k
-    return engine, LocalEngineClient(engine, "http://{}:{}".format(*address))
-
-
 def _announce(
     config: RunConfig, record: RunRecord, display: Display, checkpoint: resume.Checkpoint | None, start: int, total: int
 ) -> None:
@@ -374,5 +345,7 @@ def _announce(
         display.notice(f"{checkpoint.folder} has all {total} rollouts already. Raise --num-rollout to train on.")
     elif checkpoint is not None:
         display.notice(f"resuming from {checkpoint.folder}: rollout {start} is next")
-    elif config.checkpoint.load is not None:
+    if checkpoint is not None and config.debug.check_weight_update_equal:
+        display.notice("--check-weight-update-equal: not done, engines start with other weights than the checkpoint's")
+    if checkpoint is None and config.checkpoint.load is not None:
         display.notice(f"--load {config.checkpoint.load} holds no checkpoint yet: starting from --hf-checkpoint")

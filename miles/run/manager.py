@@ -377,14 +377,6 @@ class RolloutManager:
             raise FlagError("--rollout-batch-size", given=size, expected=f"at most {prompts}, the prompts of an epoch")
         return prompts // size
 
-    def offload(self) -> None:
-        """Engines on this machine's CPU keep their cache: there is no second user of the memory."""
-        if self.client is not None:
-            run(self.client.flush_cache())
-
-    def onload(self) -> None:
-        """The counterpart of `offload`; the cache fills again by itself."""
-
 
 def outputs(config: RunConfig) -> Iterator[tuple[str, str]]:
     """(flag, folder) of everything that the run will write outside of its run directory; templates up to a field."""

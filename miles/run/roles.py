@@ -93,13 +93,6 @@ class RolloutRole:
     async def load(self, rollout_id: int) -> None:
         await self._thread.call(self.manager.load, rollout_id)
 
-    async def offload(self) -> None:
-        """Free the engines' memory while somebody else uses the device."""
-        await self._thread.call(self.manager.offload)
-
-    async def onload(self) -> None:
-        await self._thread.call(self.manager.onload)
-
     def close(self) -> None:
         self._thread.close()
 
@@ -127,12 +120,6 @@ class TrainRole:
     async def call(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `fn` where this role's calls run, after those before it (saving, exporting)."""
         return await self._thread.call(fn, *args, **kwargs)
-
-    async def offload(self) -> None:
-        await self._thread.call(self.trainer.offload)
-
-    async def onload(self) -> None:
-        await self._thread.call(self.trainer.onload)
 
     def close(self) -> None:
         self._thread.close()

@@ -14,22 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import ModuleType
 
-from miles.engine.client import register_local_engine, unregister_local_engine
+from miles.engine.calls import register_local_engine, unregister_local_engine
 from miles.engine.embedded.engine import EmbeddedEngine
-from miles.errors import FlagError
+from miles.engine.listen import bind_port
 from miles.rollout.loop_thread import get_async_loop
 
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-# Connections that may wait while the first one is having the framework imported.
-BACKLOG = 1024
+FLAG = "--sglang-router-port"
 
 
 @contextmanager
 def on_loopback(engine: EmbeddedEngine, port: int | None) -> Iterator[tuple[str, int]]:
     """Serve `engine` at `port` (any free one for None); yields (host, port). FlagError where the port is taken."""
-    server = _LateServer(engine, _listen(port))
+    listening = bind_port(LOOPBACK, port or 0, flag=FLAG)
+    listening.setblocking(False)
+    server = _LateServer(engine, listening)
     url = f"http://{LOOPBACK}:{server.port}"
     loop = get_async_loop().loop
     loop.call_soon_threadsafe(server.wait_for_client)
@@ -41,21 +42,9 @@ def on_loopback(engine: EmbeddedEngine, port: int | None) -> Iterator[tuple[str,
         asyncio.run_coroutine_threadsafe(server.close(), loop).result()
 
 
-def _listen(port: int | None) -> socket.socket:
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((LOOPBACK, port or 0))
-    except OSError as error:
-        listening.close()
-        raise FlagError(
-            "--sglang-router-port",
-            given=f"port {port} of {LOOPBACK} cannot be used ({error.strerror}).",
-            remedy="Name another port, or leave the flag out to take a free one.",
-        ) from error
-    listening.listen(BACKLOG)
-    listening.setblocking(False)
-    return listening
+def check_free(port: int) -> None:
+    """FlagError where nobody could listen at `port`."""
+    bind_port(LOOPBACK, port, flag=FLAG).close()
 
 
 class _LateServer:

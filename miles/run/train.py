@@ -106,6 +106,7 @@ class Driver:
             report = await self._generate(rollout_id)
         trained, saved, saving_s = None, False, 0.0
         if run.trainer is not None:
+            await run.offload_engines()
             with run.clock.training():
                 trained = await run.trainer.train(rollout_id, report)
             for notice in trained.notices:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from miles.config import RunConfig
 from miles.engine.embedded.engine import EmbeddedEngine, in_passing_thread
+from miles.engine.fleet import Fleet
 from miles.hooks import Hooks
 from miles.observe.tracking import Tracker
 from miles.run import host
@@ -26,18 +27,22 @@ from miles.run.roles import EngineThread, RoleThread, TrainRole
 from miles.trainer.group import RankGroup
 from miles.trainer.models import Models
 from miles.trainer.schedule import Schedule
+from miles.weights import WeightTransport
 from miles.weights.in_process import InProcess
+from miles.weights.memory import Memory
+from miles.weights.shared_memory import SharedMemory, anonymous_file
+from miles.weights.to_fleet import ToFleet
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a trainer is handed once all of it exists. `engine` is None where nothing is generated."""
+    """What a trainer is handed once all of it exists. `target` is None where nothing is generated."""
 
     args: Namespace
     hooks: Hooks
     tracker: Tracker
     schedule: Schedule
-    engine: EmbeddedEngine | None
+    target: EmbeddedEngine | Fleet | None
     on_step: Callable[[], None]
 
 
@@ -47,35 +52,56 @@ class LoadedTrainer(Protocol):
     def weights(self) -> Mapping[str, Tensor]:
         """What an engine in this process may read in place."""
 
+    def memory(self) -> Memory:
+        """A copy of the weights that other processes may read, brought up to date by every weight update."""
+
     def role(self, given: Surroundings) -> TrainRole: ...
 
 
 def load(config: RunConfig, args: Namespace, hooks: Hooks, run_dir: Path, stack: ExitStack) -> LoadedTrainer:
     """Load the model, or start the processes that do; they end with `stack`."""
     if config.cluster.world_size == 1 and config.train.train_backend == "fsdp":
-        return OneProcess(config, args, hooks)
+        return OneProcess(config, args, hooks, stack)
     environment = {**os.environ, **host.memory_environment()}
     return OwnProcesses(stack.enter_context(RankGroup.start(config, args, run_dir / "ranks", environment)))
 
 
 class OneProcess:
-    def __init__(self, config: RunConfig, args: Namespace, hooks: Hooks) -> None:
+    def __init__(self, config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -> None:
         self.models = in_passing_thread(lambda: Models(config, args, hooks))
+        self._stack, self._bucket_bytes = stack, config.rollout.update_weight_buffer_size
+        self._shared: tuple[SharedMemory, Memory] | None = None
 
     def weights(self) -> Mapping[str, Tensor]:
         return self.models.actor.weights()
 
+    def memory(self) -> Memory:
+        if self._shared is None:
+            fd = anonymous_file()
+            self._stack.callback(os.close, fd)
+            writer = SharedMemory(fd, self._bucket_bytes)
+            self._shared = writer, Memory(fd, *writer.share(self.models.actor.weights()))
+        return self._shared[1]
+
     def role(self, given: Surroundings) -> TrainRole:
-        engine = given.engine
         actor = self.models.trainer(
             given.args,
             given.hooks,
             given.tracker,
             given.schedule,
-            transport=InProcess(engine) if engine is not None else None,
+            transport=self._transport(given.target),
             on_step=given.on_step,
         )
-        return TrainRole(actor, RoleThread("train") if engine is None else EngineThread(engine))
+        shares_cores = isinstance(given.target, EmbeddedEngine)
+        return TrainRole(actor, EngineThread(given.target) if shares_cores else RoleThread("train"))
+
+    def _transport(self, target: EmbeddedEngine | Fleet | None) -> WeightTransport | None:
+        if target is None:
+            return None
+        if isinstance(target, EmbeddedEngine):
+            return InProcess(target)
+        assert self._shared is not None, "a fleet is started with the memory"
+        return ToFleet(*self._shared, target)
 
 
 class OwnProcesses:
@@ -85,8 +111,11 @@ class OwnProcesses:
     def weights(self) -> Mapping[str, Tensor]:
         return self.group.weights()
 
+    def memory(self) -> Memory:
+        return self.group.memory()
+
     def role(self, given: Surroundings) -> TrainRole:
         self.group.prepare(
-            given.args, given.hooks, given.tracker, given.schedule, engine=given.engine, on_step=given.on_step
+            given.args, given.hooks, given.tracker, given.schedule, engine=given.target, on_step=given.on_step
         )
         return TrainRole(self.group, RoleThread("train"))

@@ -594,12 +594,6 @@ class TrainActor:
         """A Hugging Face model folder."""
         self.backend.export_hf(folder)
 
-    def offload(self) -> None:
-        """Free the device for the engines: nothing to do where both share the same tensors."""
-
-    def onload(self) -> None:
-        """The counterpart of `offload`."""
-
     def _log_rollout(self, rollout_id: int, shard: TrainBatch) -> None:
         """Weight updates and saves count for the rollout that they precede."""
         seconds, flops = self.timers.log_dict(), self._flops

@@ -25,7 +25,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +37,6 @@ from torch import Tensor
 import miles
 from miles.batch import TrainBatch
 from miles.config import RunConfig
-from miles.engine.embedded.engine import EmbeddedEngine
 from miles.errors import FlagError, MilesError, TrainerError
 from miles.hooks import Hooks
 from miles.hooks.stats import Counts
@@ -69,7 +68,9 @@ from miles.trainer.commands import (
 )
 from miles.trainer.heldout import LossSums
 from miles.trainer.schedule import Schedule
-from miles.weights.shared_memory import anonymous_file, views
+from miles.weights import Receiver
+from miles.weights.memory import Memory
+from miles.weights.shared_memory import anonymous_file
 
 T = TypeVar("T")
 
@@ -167,9 +168,9 @@ class RankGroup:
     steps_done: int = 0
     tracker: Tracker | None = None
     hooks: Hooks | None = None
-    engine: EmbeddedEngine | None = None
+    engine: Receiver | None = None
     on_step: Callable[[], None] = lambda: None
-    _weights: dict[str, Tensor] = field(default_factory=dict)
+    _memory: Memory | None = None
     _resumed: bool = False
 
     @staticmethod
@@ -209,10 +210,13 @@ class RankGroup:
 
     def weights(self) -> Mapping[str, Tensor]:
         """The weights in the memory that rank 0 writes to, after the model has been loaded."""
-        if not self._weights:
+        return self.memory().tensors
+
+    def memory(self) -> Memory:
+        if self._memory is None:
             layout, size = self._all(Load(portable(self.args)))[0]
-            self._weights = views(self.weights_fd, layout, size)
-        return self._weights
+            self._memory = Memory(self.weights_fd, layout, size)
+        return self._memory
 
     def prepare(
         self,
@@ -221,7 +225,7 @@ class RankGroup:
         tracker: Tracker,
         schedule: Schedule,
         *,
-        engine: EmbeddedEngine | None,
+        engine: Receiver | None,
         on_step: Callable[[], None],
     ) -> None:
         """Bind plug-ins and build the actors. `args` is handed over as it is now."""
@@ -257,7 +261,7 @@ class RankGroup:
             self.engine.suspend()
         self.weight_version = self._all(UpdateWeights())[0]
         if self.engine is not None:
-            self.engine.update_weights(self._weights, str(self.weight_version))
+            self.engine.update_weights(self.weights(), str(self.weight_version))
         return self.weight_version
 
     def save(
@@ -287,12 +291,6 @@ class RankGroup:
 
     def export_hf(self, folder: Path) -> None:
         self._all(Export(folder))
-
-    def offload(self) -> None:
-        """Trainer and engine have memory of their own."""
-
-    def onload(self) -> None:
-        """The counterpart of `offload`."""
 
     def _with_state(self) -> list[Any]:
         assert self.hooks is not None

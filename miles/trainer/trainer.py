@@ -46,7 +46,3 @@ class Trainer(Protocol):
 
     def export_hf(self, folder: Path) -> None:
         """A Hugging Face model folder."""
-
-    def offload(self) -> None: ...
-
-    def onload(self) -> None: ...

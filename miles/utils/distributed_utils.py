@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _new_process_group_helper, _world, rendezvous
 
 from miles.errors import UsageError
 from miles.loss.whiten import whiten
+from miles.weights.process_group import init_process_group
 
 __all__ = ["GLOO_GROUP", "distributed_masked_whiten", "get_gloo_group", "init_gloo_group", "init_process_group"]
 
 GLOO_GROUP: dist.ProcessGroup | None = None
-DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 def init_gloo_group() -> dist.ProcessGroup:
@@ -31,40 +27,6 @@ def get_gloo_group() -> dist.ProcessGroup:
     if GLOO_GROUP is None:
         raise RuntimeError("no Gloo group in this process: call init_gloo_group() first")
     return GLOO_GROUP
-
-
-def init_process_group(
-    backend: str | None = None,
-    init_method: str | None = None,
-    timeout: timedelta | None = None,
-    world_size: int = -1,
-    rank: int = -1,
-    store: Store | None = None,
-    group_name: str | None = None,
-    pg_options: Any | None = None,
-) -> dist.ProcessGroup:
-    """A process group with members of its own, beside the default group: trainer and engines share one, for instance.
-
-    As `torch.distributed.init_process_group`, which a process can only call once. `init_method` (a URL) or `store`.
-    """
-    if (store is None) == (init_method is None):
-        raise ValueError("init_process_group: give either init_method or store")
-    timeout = timeout or DEFAULT_TIMEOUT
-    if store is None:
-        store, rank, world_size = next(iter(rendezvous(init_method, rank, world_size, timeout=timeout)))
-        store.set_timeout(timeout)
-    group, _ = _new_process_group_helper(
-        world_size,
-        rank,
-        [],
-        dist.Backend(backend or "undefined"),
-        PrefixStore(group_name or "miles", store),
-        group_name=group_name or "miles",
-        backend_options=pg_options,
-        timeout=timeout,
-    )
-    _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
-    return group
 
 
 def distributed_masked_whiten(

@@ -1,4 +1,4 @@
-"""Published import path of the HTTP helpers; `post` and `get` live in `miles.engine.client`, ports and processes here.
+"""Published import path of the HTTP helpers; `post` and `get` live in `miles.engine.calls`, ports and processes here.
 
 Plug-ins and launch scripts import these names from here; the core does not.
 """
@@ -6,12 +6,12 @@ Plug-ins and launch scripts import these names from here; the core does not.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import socket
 from argparse import Namespace
 
-from miles.engine.client import get, post, set_max_connections
+from miles.engine.calls import get, post, set_max_connections
+from miles.engine.listen import MILES_HOST_IP_ENV, get_host_info
 
 __all__ = [
     "MILES_HOST_IP_ENV",
@@ -23,10 +23,6 @@ __all__ = [
     "post",
     "terminate_process",
 ]
-
-MILES_HOST_IP_ENV = "MILES_HOST_IP"
-"""Environment variable that names this machine's address where it has several."""
-
 
 def is_port_available(port: int) -> bool:
     """Whether a server could listen on this TCP port now, on all addresses."""
@@ -48,22 +44,6 @@ def find_available_port(base_port: int) -> int:
             return port
         port += 42 if port < 60000 else 1
     raise OSError(f"no free port between {base_port} and 65535")
-
-
-def get_host_info() -> tuple[str, str]:
-    """(host name, address that other machines reach this one by). MILES_HOST_IP, where set, is the address."""
-    name = socket.gethostname()
-    if chosen := os.environ.get(MILES_HOST_IP_ENV):
-        return name, chosen
-    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        # Connecting a UDP socket sends nothing: it asks the routing table which own address would be used.
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((target, 9))
-            except OSError:
-                continue
-            return name, str(probe.getsockname()[0])
-    return name, "127.0.0.1"
 
 
 def init_http_client(args: Namespace) -> None:

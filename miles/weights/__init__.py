@@ -35,3 +35,13 @@ class WeightTransport(Protocol):
         A transport between processes pauses generation, flushes caches, sends buckets of `--update-weight-buffer-size`,
         and continues; an engine that misses an update must not serve the next version.
         """
+
+
+class Receiver(Protocol):
+    """Who generates from weights that somebody else writes: an engine of this process, or a fleet."""
+
+    def suspend(self) -> None:
+        """The tensors change from now on, until `update_weights`."""
+
+    def update_weights(self, tensors: Mapping[str, Tensor], version: str) -> None:
+        """Generate from `tensors` as `version`; returns when everybody does who still serves."""

@@ -4,7 +4,8 @@
 
 The memory has no name: it is a file descriptor that the driver opens and rank 0 inherits, so that nothing is left
 behind however the processes end. It holds every weight once, and the engine reads it in place. Whoever drives must
-suspend the engine before the ranks write, and call `EmbeddedEngine.update_weights` after it.
+suspend the engine before the ranks write, and call `EmbeddedEngine.update_weights` after it. An engine in a process of
+its own inherits the descriptor, too, and finds the layout in a JSON file (`layout_to_json`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import mmap
 import os
 import tempfile
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -67,6 +69,52 @@ def views(fd: int, layout: Layout, size: int) -> dict[str, Tensor]:
         name: memory[slot.offset : slot.offset + slot.bytes].view(slot.dtype).view(slot.shape)
         for name, slot in layout.items()
     }
+
+
+def layout_to_json(layout: Layout, size: int) -> dict[str, Any]:
+    """For a process that does not read pickles.
+
+    Example: `{"size": 512, "tensors": {"model.norm.weight": {"offset": 0, "dtype": "float32", "shape": [128]}}}`
+    """
+    tensors = {
+        name: {"offset": slot.offset, "dtype": str(slot.dtype).removeprefix("torch."), "shape": list(slot.shape)}
+        for name, slot in layout.items()
+    }
+    return {"size": size, "tensors": tensors}
+
+
+def layout_from_json(body: object) -> tuple[Layout, int]:
+    """The reverse. ValueError says what is wrong with it."""
+    if not isinstance(body, dict) or not isinstance(body.get("tensors"), dict) or not _is_count(body.get("size")):
+        raise ValueError("expected an object with 'size' (bytes) and 'tensors'")
+    layout = {str(name): _slot_from_json(str(name), entry, body["size"]) for name, entry in body["tensors"].items()}
+    return layout, body["size"]
+
+
+def _slot_from_json(name: str, entry: object, size: int) -> Slot:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: expected an object with 'offset', 'dtype' and 'shape'")
+    offset, shape = entry.get("offset"), entry.get("shape")
+    if not _is_count(offset) or not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise ValueError(f"{name}: expected 'offset' and 'shape' in whole numbers >= 0, got {offset!r} and {shape!r}")
+    slot = Slot(offset, dtype_named(entry.get("dtype")), tuple(shape))
+    if slot.offset % slot.dtype.itemsize:
+        raise ValueError(f"{name}: offset {slot.offset} is no multiple of {slot.dtype.itemsize}, an element's bytes")
+    if slot.offset + slot.bytes > size:
+        raise ValueError(f"{name}: ends at byte {slot.offset + slot.bytes} of a memory of {size}")
+    return slot
+
+
+def dtype_named(name: object) -> torch.dtype:
+    """`float32` or `torch.float32`; ValueError for what is no dtype."""
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype, like 'float32' or 'bfloat16'")
+    return dtype
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
 
 
 class SharedMemory:

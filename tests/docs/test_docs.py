@@ -45,7 +45,7 @@ from miles.config import parse
 from miles.config.parse import build_parser
 from miles.config.sections import FLAGS
 from miles.config.yaml_file import read_entries
-from miles.engine.embedded import server
+from miles.engine.embedded import command
 from miles.engine.protocol import GenerateRequest
 from miles.errors import DataError, HookError, MilesError
 from miles.hooks import CATALOG, bind, plug_point_named
@@ -55,6 +55,7 @@ from miles.hooks.point import PlugPoint, allowed_policies
 from miles.observe.record import read_rollouts
 from miles.rollout.dataset import read_rows
 from miles.rollout.generate_hub import multi_turn
+from miles.router import serve as route
 from miles.trial.table import why_not_replayed
 from miles.types import Sample
 
@@ -168,7 +169,9 @@ def check_miles(words: list[str]) -> None:
     if name == "train":
         parse(argv)
     elif name == "serve":
-        server._parser().parse_args([word for word in argv if word != "&"])
+        command.parser().parse_args([word for word in argv if word != "&"])
+    elif name == "route":
+        route.parser().parse_args(argv)
     elif name == "replay":
         assert len(argv) >= 1
     else:
@@ -193,6 +196,9 @@ def test_commands_in_sentences(command: Command, workplace: Path) -> None:
 def test_console_prints_that(command: Command, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program, name, *argv = command.words
     assert program == "miles"
+    for block in blocks("python"):  # files that the page has its reader write before
+        if str(block).partition(":")[0] == command.where.partition(":")[0] and "write_text" in block.text:
+            exec(compile(block.text, str(block), "exec"), {"__name__": "documentation"})
     if name == "train":  # shown for its refusal; the run itself would take long
         with pytest.raises(MilesError) as refused:
             parse(argv)
@@ -324,7 +330,7 @@ def known_flags() -> set[str]:
     found = {*parser.options, "--help", "--help-all", "--version"}
     folders = ("miles/hooks", "miles/trial", "miles/run", "benchmarks")
     sources = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
-    for file in [*sources, *(ROOT / "examples").glob("*/*.py"), Path(server.__file__)]:
+    for file in [*sources, *(ROOT / "examples").glob("*/*.py"), Path(command.__file__), Path(route.__file__)]:
         found |= set(re.findall(r"\badd(?:_argument)?\(\s*\"(--[\w-]+)\"", file.read_text()))
     return found
 

@@ -15,7 +15,6 @@ import pytest
 
 import miles
 from miles.__main__ import main
-from miles.config.sections import FLAGS
 from miles.errors import FlagError, UsageError
 from miles.hooks import CATALOG
 from miles.hooks.new import new_main, target_of
@@ -71,8 +70,7 @@ def test_the_next_two_commands(
     assert Path(test).name == f"test_{Path(file).name}" and (empty, title) == ("", "next:")
     assert pytest_line == f"  pytest {test}"
     program, command, *flags = check.split()
-    built = FLAGS[CATALOG[name].dest].status.kind != "not_built"
-    assert (program, command) == ("miles", "check" if built else "hooks")
+    assert (program, command) == ("miles", "check")
     assert main([command, *flags]) == 0
     shown = capsys.readouterr().out
     assert CATALOG[name].flag in shown and flags[-1] in shown

@@ -60,3 +60,43 @@ response_of_everything = rollout(lambda s: setattr(s, "response_length", len(s.t
 one_empty = rollout(without_response, 2)
 all_empty = rollout(without_response)
 all_removed = rollout(lambda s: setattr(s, "remove_sample", True))
+
+
+# ---- odd, and right ------------------------------------------------------------------------------------------------
+
+
+def very_unequal(sample: Sample) -> None:
+    """Of samples that stand side by side, which go to different data-parallel ranks, one is ten times as long."""
+    responds(sample, 2 if sample.index % 2 == 0 else 30 + sample.index)
+
+
+def one_token(sample: Sample) -> None:
+    responds(sample, 1)
+
+
+def masked_in_part(sample: Sample) -> None:
+    """Of one half nothing counts, of the other not the beginning."""
+    counts = sample.index % 4 > 1
+    sample.loss_mask = [int(counts and t > 0) for t in range(sample.response_length)]
+
+
+def every_second_removed(sample: Sample) -> None:
+    sample.remove_sample = sample.index % 2 == 1
+
+
+def responds(sample: Sample, length: int) -> None:
+    response = [5 + (3 * sample.index + t * t) % 9 for t in range(length)]
+    vars(sample).update(
+        tokens=[*sample.tokens[:2], *response],
+        response_length=length,
+        loss_mask=[1] * length,
+        rollout_log_probs=[-0.5] * length,
+    )
+
+
+ODD = (very_unequal, every_second_removed, lambda s: setattr(s, "remove_sample", True), one_token, masked_in_part)
+
+
+def odd(args: Namespace, rollout_id: int, data_source: Any, evaluation: bool = False) -> list[Group]:
+    """One oddity per rollout, in the order of `ODD`."""
+    return rollout(ODD[rollout_id % len(ODD)])(args, rollout_id, data_source, evaluation)

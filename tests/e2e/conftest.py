@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -12,12 +11,6 @@ from pathlib import Path
 
 import pytest
 from e2e_runs import BASE
-
-
-@pytest.fixture(autouse=True)
-def quiet_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handlers of libraries write to the standard error of the test that imported them, which is closed by now."""
-    monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from e2e_runs import Started, exported, plug_in, same, saving, started, train, u
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-ROLLOUTS = 4
+ROLLOUTS = 3
 TWO_RANKS = ("--train-backend", "megatron", "--tensor-model-parallel-size", 2, "--sequence-parallel")
 FLAGS = (*TWO_RANKS, "--deterministic", "--async-save", "--num-rollout", ROLLOUTS)
 MARK = "MILES_TEST_KILLED_RUN"
@@ -97,10 +97,23 @@ def test_killed_in_a_save(victim: object, never_killed: Path, tmp_path: Path, mo
     assert not [*(run_dir / "ck").glob(".*")]
 
 
+@pytest.mark.parametrize("background", [(), ("--async-save",)], ids=["at once", "async"])
+def test_a_disk_that_is_full(
+    background: tuple[str, ...], small_disk: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told by name, and the process ends; nothing half written is in force."""
+    disk = small_disk("3m")
+    one = ("--train-backend", "megatron", "--num-rollout", 2, "--save", disk / "ck", "--save-interval", 1)
+    train(tmp_path / "run", *one, *background, status=2)
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and "Free some space or give another place with --save" in error
+    assert not (disk / "ck" / "latest_checkpointed_iteration.txt").exists()
+
+
 def test_megatron_s_own_checkpoint_is_gone_on_from(
     never_killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is no file of Megatron-Core's is away: the weights are there, and rollout 4 + 1 is next."""
+    """What is no file of Megatron-Core's is away: the weights are there, and the rollout after them is next."""
     theirs, run = tmp_path / "theirs", tmp_path / "run"
     shutil.copytree(never_killed / "ck", theirs, ignore=shutil.ignore_patterns("rollout", "meta.json", "rng.pt"))
     one = ("--train-backend", "megatron", "--num-rollout", ROLLOUTS + 1, "--lr", 0)

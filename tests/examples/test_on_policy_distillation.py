@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miles.engine.client import unregister_local_engine
+from miles.engine.calls import unregister_local_engine
 from miles.engine.embedded.engine import EmbeddedEngine
 from miles.hooks import load_function
 from miles.loss.advantages import AdvantageInputs, compute_advantages

@@ -68,9 +68,11 @@ def test_a_run_executes_masks_and_learns(train, metrics, programs: list[str], co
 def test_both_loops_make_the_same_samples(train) -> None:
     flags = ("--num-rollout", 1, "--rollout-batch-size", 2, "--n-samples-per-prompt", 4, *NO_EVAL)
     own, built_in = (trained(train(config, *flags)) for config in (RETOOL, MULTI_TURN))
-    columns = ("tokens", "response", "loss_mask", "rollout_log_probs", "reward", "status")
+    columns = ("tokens", "response", "loss_mask", "reward", "status")
     for a, b in zip(own, built_in, strict=True):
         assert [getattr(a, name) for name in columns] == [getattr(b, name) for name in columns]
+        # Tools take their time, and what is decoded together rounds differently.
+        assert a.rollout_log_probs == pytest.approx(b.rollout_log_probs, abs=1e-5)
 
 
 def test_a_call_beyond_the_budget_is_refused_in_words(train, programs: list[str]) -> None:

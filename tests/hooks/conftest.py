@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -44,12 +43,6 @@ def _time_limit() -> Iterator[None]:
 def _note_calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     binding = importlib.import_module("miles.hooks.bind")  # the package has a function of that name
     monkeypatch.setattr(binding, "adapt", noting(binding.adapt, request.path.stem))
-
-
-@pytest.fixture(autouse=True)
-def _quiet_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handlers of libraries write to the standard error of the test that imported them, which is closed by now."""
-    monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
 @pytest.fixture

@@ -33,3 +33,24 @@ def test_keywords_alone_and_a_synchronous_one() -> None:
 def test_found_wrong_before_the_start() -> None:
     with pytest.raises(UsageError, match="base_url"):
         bound("custom_agent_function", "training:execute")
+
+
+def test_base_url_may_be_a_session_that_each_attempt_opens() -> None:
+    opened: list[str] = []
+
+    async def open_session() -> str:
+        opened.append(f"http://x/{len(opened)}")
+        return opened[-1]
+
+    def agent(*, request_kwargs: Any, prompt: Any, base_url: str) -> str:
+        if len(opened) < 3:
+            raise ConnectionError("the sandbox is gone")
+        return base_url
+
+    with function_registry.temporary("test:agent", agent):
+        args = {"custom_agent_function_path": "test:agent"}
+        hooks = bound_hooks("custom_agent_function", "x:y", args=args, policies={"custom-agent-function": "retry:2"})
+    hook = hooks.custom_agent_function
+    assert hook is not None
+    assert asyncio.run(hook.call_async(**{**GIVEN, "base_url": open_session})) == "http://x/2"
+    assert opened == ["http://x/0", "http://x/1", "http://x/2"] and hook.stats.rollout.failures == 0

@@ -13,7 +13,7 @@ import torch
 from miles.trainer.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS_TIMEOUT_S = 240.0
+RANKS_TIMEOUT_S = 900.0
 
 
 def ranks_environment() -> dict[str, str]:

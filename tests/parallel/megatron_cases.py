@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron_models import FAMILIES, MOE, make_folder
+from megatron_models import FAMILIES, MOE, forget, make_folder
 from parallel_cases import FLAGS, ONE_BY_ONE, REFERENCE, STEPS, Lines, Trace, rollout
 from torch import Tensor
 
@@ -203,6 +203,8 @@ def run(case: Case, folder: Path, ranks: Ranks | None) -> Trace:
     shards = split_batch(batch_of(config), config.layout.dp_size, balance=data.balance_data)
     actor.train_shards(0, shards, data.global_batch_size or 0)
     trace.weights = whole(actor.backend)
+    if ranks is not None:
+        forget([*models.actor.model_chunks, *(models.critic.model_chunks if models.critic is not None else ())])
     return trace
 
 

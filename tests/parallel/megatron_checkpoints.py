@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron_models import FAMILIES
+from megatron_models import FAMILIES, forget
 from parallel_cases import rollout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,7 +35,7 @@ from miles.trainer.schedule import Schedule
 FLAGS = [
     "--num-rollout", "1", "--prompt-data", "x.jsonl", "--rollout-batch-size", "6", "--n-samples-per-prompt", "4",
     "--num-steps-per-rollout", "3", "--rm-type", "math", "--train-backend", "megatron", "--lr", "5e-3",
-    "--clip-grad", "0.5", "--adam-eps", "1e-4", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "60",
+    "--clip-grad", "0.5", "--adam-eps", "1e-4", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "120",
 ]  # fmt: skip
 
 LAYOUTS: dict[str, list[str]] = {
@@ -76,7 +75,11 @@ class Case:
 
 
 CASES: dict[int, dict[str, Case]] = {
-    1: {"alone": Case("qwen3", "whole", "whole"), "alone untrained": Case("qwen3", "whole", "whole", steps=0)},
+    1: {
+        "alone": Case("qwen3", "whole", "whole"),
+        "alone untrained": Case("qwen3", "whole", "whole", steps=0),
+        "alone plain untrained": Case("qwen3", "whole", "whole", PLAIN, steps=0),
+    },
     4: {
         "to tp2 pp2": Case("qwen3", "whole", "tp2 pp2"),
         "from tp2 pp2": Case("qwen3", "tp2 pp2", "whole", background=True),
@@ -84,8 +87,6 @@ CASES: dict[int, dict[str, Case]] = {
         "tied from stages": Case("llama tied", "vpp2", "tp2 pp2"),
         "padded vocabulary": Case("qwen2", "tp4", "whole", PADDED),
         "plain from vpp2": Case("llama tied", "vpp2", "tp2", PLAIN, background=True),
-        "plain untrained": Case("qwen3", "whole", "tp2", PLAIN, steps=0),
-        "untrained": Case("qwen3", "tp2", "whole", steps=0),
         "bf16": Case("qwen3", "whole", "tp2 pp2", BF16),
         "bf16 plain": Case("qwen3", "pp2", "tp2", (*BF16, *PLAIN)),
         "experts to ep4": Case("moe", "whole", "ep4"),
@@ -147,19 +148,15 @@ def make(config: RunConfig, ranks: Ranks, *, role: str = "actor") -> Any:
     from miles.trainer.megatron.ranks import make_groups
     from miles.trainer.megatron.settings import MegatronSettings
 
+    forget(CHUNKS)
     mpu.destroy_model_parallel()
-    end_groups()
     own = make_groups(ranks, config.layout, seed=1, timeout_minutes=2)
-    return MegatronBackend(MegatronSettings.of(config), config.optimizer, own, role=role, seed=3)  # type: ignore[arg-type]
+    made = MegatronBackend(MegatronSettings.of(config), config.optimizer, own, role=role, seed=3)  # type: ignore[arg-type]
+    CHUNKS[:] = made.model_chunks
+    return made
 
 
-def end_groups() -> None:
-    """Of the model before: hundreds of them, each with threads, would slow every fork of a writer."""
-    dist.barrier()
-    world = dist.distributed_c10d._world
-    for group in list(world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+CHUNKS: list[Any] = []
 
 
 @dataclass
@@ -289,6 +286,7 @@ def run_case(case: Case, folder: Path, ranks: Ranks, at: Path) -> list[str]:
     fill(saving, Codes(saving, source), case.steps, is_bf16=is_bf16)
     save(saving, at, ranks, background=case.background)
     config, _ = settings(folder, case.family, ranks.size, *LAYOUTS[case.loaded], *case.flags)
+    del saving
     loading = make(config, ranks, role=case.role)
     loading.use_schedule(Schedule(max_lr=0.5))
     before = settings_of(loading)
@@ -376,14 +374,16 @@ def run_trained(trained: Trained, folder: Path, ranks: Ranks, at: Path) -> dict[
     train(straight, 1)
     straight.finish_saving()
     expected = weights_of(straight)
+    steps = straight.steps_done
+    del straight
     resumed = actor_on(trained.loaded, trained, folder, ranks)
-    resumed.restore(at, Restoring(weight_version=1, steps_done=straight.steps_done // 2))
+    resumed.restore(at, Restoring(weight_version=1, steps_done=steps // 2))
     there = weights_of(resumed)
     resumed.update_weights()
     train(resumed, 1)
     return {
         "half": half, "there": there, "expected": expected, "found": weights_of(resumed),
-        "steps": (straight.steps_done, resumed.steps_done),
+        "steps": (steps, resumed.steps_done),
     }  # fmt: skip
 
 

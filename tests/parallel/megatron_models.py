@@ -6,6 +6,7 @@ The models are Megatron's own, of its local layer specification, with stock atte
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,19 @@ def _spec(config: Any, stage: int | None) -> Any:
         if config.qk_layernorm:
             parts.self_attention.submodules.q_layernorm = parts.self_attention.submodules.k_layernorm = Norm
     return block
+
+
+def forget(chunks: list[Any]) -> None:
+    """Chunks, to which hooks of autograd hold on for ever, and their process groups: thousands of their threads would
+    slow everything that comes after."""
+    for chunk in chunks:
+        vars(chunk).clear()
+    chunks.clear()
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 TOKENS = [[3, 17, 5, 40, 52, 0, 9, 9, 31], [1, 2, 3, 4, 5, 6, 7, 8, 9]]

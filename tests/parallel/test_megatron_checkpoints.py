@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(case: str, size: int, l
 
 
 def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys() and len(a) > 40
+    assert a.keys() == b.keys() and len(a) > 30
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
@@ -99,8 +99,8 @@ def test_what_is_damaged_is_named_and_nothing_in_it_runs(name: str, left: Path) 
 def test_a_checkpoint_of_another_model_or_optimizer(left: Path) -> None:
     found = of(left, "refusals")
     assert found["good"] == "loaded"
-    remedy = "Resume with --use-distributed-optimizer, or without the optimizer's state: --no-load"
-    assert remedy in found["other optimizer"]
+    said = found["other optimizer"]
+    assert "Resume with --use-distributed-optimizer, or without the optimizer's state: --no-load-optim" in said
     for name, sentence in (
         ("other architecture", "linear_proj.weight: [4, 32, 64] in the checkpoint, [4, 32, 32] in the model"),
         ("fewer layers", "linear_proj.weight: [4, 32, 64] in the checkpoint, [2, 32, 64] in the model"),

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from miles.config import parse, resolve
+from miles.config.layout import ParallelLayout
 from miles.errors import CheckpointError, FlagError, HookError, MilesError, TrainerError
+from miles.loss.parallel_state import ParallelState
 from miles.trainer.commands import Failed
-from miles.trainer.group import Process, RankGroup, portable, rank_environment
+from miles.trainer.group import Death, Process, RankGroup, portable, rank_environment
 from miles.types import Failure
 from miles.weights.gather import Held, buckets, rows_of
 from miles.weights.shared_memory import SharedMemory, anonymous_file, views
@@ -78,10 +80,38 @@ def test_errors_keep_their_kind_and_words() -> None:
 
 def test_what_is_no_consequence_is_told_before_what_may_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RankGroup, "close", lambda self, at_once: None)
-    group = RankGroup(parse(FLAGS)[0], [], anonymous_file(), Path("nowhere"))
+    group = RankGroup(*parse(FLAGS), [], anonymous_file(), Path("nowhere"))
     lost, cause = TrainerError("lost my neighbour", consequence=True), TrainerError("killed")
     with pytest.raises(TrainerError, match="killed"):
         group._fail({0: lost, 1: cause})
+
+
+def test_a_death_is_told_before_what_a_plug_in_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plug-in that waits for a rank which is gone fails, and is often heard of first; where nobody died, it is the
+    cause."""
+    monkeypatch.setattr(RankGroup, "close", lambda self, at_once: None)
+    group = RankGroup(*parse(FLAGS), [], anonymous_file(), Path("nowhere"))
+    group.processes = [Namespace(rank=0), Namespace(rank=1)]
+    card = HookError(Failure("--x", "p", "exception", "m", "f.py:3", None, None), "the card")
+    heard: list[dict[int, MilesError]] = [{1: Death("rank 1 was killed")}]
+    monkeypatch.setattr(group, "_receive", lambda waiting, results, timeout_s: heard.pop() if heard else {})
+    with pytest.raises(Death, match="rank 1 was killed"):
+        group._fail({0: card})
+    with pytest.raises(HookError, match="the card"):
+        group._fail({0: card})
+
+
+def test_one_rank_writes_for_all_that_hold_its_samples() -> None:
+    layout = ParallelLayout(16, tensor=2, context=2, pipeline=2)
+    states = [
+        ParallelState(
+            tp_rank=layout.tp_rank(rank), cp_rank=layout.cp_rank(rank), is_pp_last_stage=layout.is_last_stage(rank)
+        )
+        for rank in range(16)
+    ]
+    speaking = [rank for rank, state in enumerate(states) if state.speaks]
+    assert speaking == [rank for rank in range(16) if layout.reports(rank)]
+    assert [layout.dp_rank(rank) for rank in speaking] == [0, 1]
 
 
 def test_args_that_no_other_process_can_have() -> None:

@@ -15,9 +15,10 @@ PACKAGE = ROOT / "miles"
 
 # Layer by layer, lowest first; a module may import its own layer and those below.
 LAYERS = [
-    ("miles.types", "miles.errors"),
+    ("miles.types", "miles.errors", "miles.tasks"),
     ("miles.config", "miles.hooks"),
-    ("miles.engine.protocol", "miles.engine.client"),
+    ("miles.engine.protocol", "miles.engine.guard", "miles.engine.calls", "miles.engine.client")
+    + ("miles.router.session.session_types",),
     ("miles.batch", "miles.exact", "miles.loss", "miles.rollout", "miles.rope"),
     ("miles.engine", "miles.router", "miles.weights", "miles.trainer", "miles.observe", "miles.trial"),
     ("miles.run",),

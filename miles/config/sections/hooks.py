@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import make_dataclass
 from typing import TYPE_CHECKING
 
-from miles.config.flags import Section, Status, flag, not_built
+from miles.config.flags import Section, flag
 from miles.hooks.catalog import CATALOG
-from miles.hooks.point import PlugPoint
 
 # Its default depends on an environment variable, which is read when a command line is parsed.
 ROLLOUT_FUNCTION = CATALOG["rollout_function"]
@@ -19,11 +18,6 @@ COMMON = (
     "rollout_function",
     "custom_loss_function",
 )
-NOT_CALLED = {
-    "miles_router_middleware": "MilesRouter",
-    "custom_agent_function": "Agentic generation",
-}
-"""Plug points without a call site yet -> what is missing."""
 
 
 class HooksConfig(Section):
@@ -37,10 +31,6 @@ class HooksConfig(Section):
         def __getattr__(self, name: str) -> str | list[str] | None: ...
 
 
-def _status(point: PlugPoint) -> Status:
-    return not_built(NOT_CALLED[point.name]) if point.name in NOT_CALLED else Status()
-
-
 DeclaredHooks = make_dataclass(
     "DeclaredHooks",
     [
@@ -52,7 +42,6 @@ DeclaredHooks = make_dataclass(
                 point.help,
                 option=point.flag,
                 common=point.name in COMMON,
-                status=_status(point),
             ),
         )
         for point in CATALOG.values()

@@ -15,13 +15,13 @@ from miles.config.flags import (
     at_least,
     between,
     flag,
+    more_than,
     no_meaning_here,
     not_built,
 )
 
 ONE_MACHINE = "Training on several machines"
-ONE_ENGINE = "More than one engine, or an engine on several devices,"
-SHARED_PROCESS = "the engine is a part of the run's process, and nothing is offloaded."
+TRAINER_STAYS = "the trainer keeps its memory; engines give theirs back (--offload-rollout)."
 BESIDE_ACTOR = "the critic is trained in the actor's processes."
 
 
@@ -96,13 +96,12 @@ class ClusterConfig(Section):
         status=no_meaning_here(BESIDE_ACTOR),
     )
     rollout_num_gpus: int | None = flag(
-        None, "GPUs of all engines together.", check=at_least(0), status=not_built(ONE_ENGINE, when=above(1))
+        None, "GPUs of all engines together; without GPUs, engines that share the cores.", check=at_least(0)
     )
     rollout_num_gpus_per_engine: int = flag(
         1,
         "GPUs of one engine, which is its tensor-parallel size.",
         check=at_least(1),
-        status=not_built(ONE_ENGINE, when=above(1)),
     )
     num_gpus_per_node: int = flag(
         8,
@@ -110,14 +109,12 @@ class ClusterConfig(Section):
         check=at_least(1),
         status=no_meaning_here("the engine runs on one device of this machine."),
     )
-    colocate: bool = flag(False, "Let trainer and engines share their GPUs.", status=no_meaning_here(SHARED_PROCESS))
-    offload: bool = flag(False, "Short for --offload-train --offload-rollout.", status=no_meaning_here(SHARED_PROCESS))
+    colocate: bool = flag(False, "Let trainer and engines share their GPUs.")
+    offload: bool = flag(False, "Short for --offload-train --offload-rollout.")
     offload_train: bool | None = flag(
-        None, "Release the trainer's memory while rolling out.", status=no_meaning_here(SHARED_PROCESS)
+        None, "Release the trainer's memory while rolling out.", status=no_meaning_here(TRAINER_STAYS)
     )
-    offload_rollout: bool | None = flag(
-        None, "Release the engines' memory while training.", status=no_meaning_here(SHARED_PROCESS)
-    )
+    offload_rollout: bool | None = flag(None, "Release the engines' memory while training.")
     distributed_backend: str = flag("nccl", "Communication library of the trainer's processes: nccl or gloo.")
     distributed_timeout_minutes: int = flag(
         10, "Minutes after which a trainer process that waits for the others gives up.", check=at_least(1)
@@ -134,22 +131,17 @@ class FaultToleranceConfig(Section):
     """Watching engines and replacing dead ones."""
 
     use_fault_tolerance: bool = flag(
-        False, "Watch the engines and restart those that die.", status=no_meaning_here(SHARED_PROCESS)
+        False, "Run engines in processes of their own, watch them, and start those anew that die or hang."
     )
     rollout_health_check_interval: float = flag(
-        30.0,
-        "Seconds between two health checks of an engine.",
-        check=at_least(0),
-        status=no_meaning_here(SHARED_PROCESS),
+        30.0, "Seconds between two health checks of an engine.", check=more_than(0)
     )
-    rollout_health_check_timeout: float = flag(
-        30.0, "Seconds that a health check may take.", check=at_least(0), status=no_meaning_here(SHARED_PROCESS)
-    )
+    rollout_health_check_timeout: float = flag(30.0, "Seconds that a health check may take.", check=more_than(0))
     rollout_health_check_first_wait: float = flag(
-        0,
-        "Seconds without health checks after the engines resume.",
-        check=at_least(0),
-        status=no_meaning_here(SHARED_PROCESS),
+        0, "Seconds without health checks after an engine has started.", check=at_least(0)
+    )
+    engine_start_timeout_s: float = flag(
+        1200.0, "Seconds until an engine that is starting must answer.", check=more_than(0)
     )
 
 

@@ -22,7 +22,6 @@ from miles.config.flags import (
     not_built,
 )
 
-SERVERS = "Engines that someone else started"
 FOR_PLUGINS = "Read by plug-ins only: "
 
 
@@ -78,10 +77,16 @@ class RolloutConfig(Section):
         status=no_meaning_here("synchronous training updates the weights after every rollout."),
     )
     keep_old_actor: bool = flag(False, "Compute old log-probs with a kept copy of older weights.")
-    rollout_external: bool = flag(False, "Use engines that are already running.", status=not_built(SERVERS))
-    rollout_external_engine_addrs: list[str] | None = flag(
-        None, "Their addresses, host:port each.", status=not_built(SERVERS)
+    update_weight_transport: Literal["auto", "tensor", "distributed", "disk"] = flag(
+        "auto",
+        "How weights reach SGLang servers: shared memory, a broadcast, or a folder; auto: tensor on this machine, disk "
+        "for --rollout-external.",
     )
+    rollout_engine: Literal["auto", "embedded", "sglang", "external"] = flag(
+        "auto", "What generates; auto: SGLang where there are GPUs and it can be found, else the embedded engine."
+    )
+    rollout_external: bool = flag(False, "Use SGLang servers that are already running.")
+    rollout_external_engine_addrs: list[str] | None = flag(None, "Their addresses, HOST:PORT each.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,9 @@ class TrainConfig(Section):
         status=no_meaning_here("copies are kept where something reads them, and nowhere else."),
     )
     megatron_to_hf_mode: Literal["raw", "bridge"] = flag(
-        "raw", "Who converts Megatron weights: miles, or Megatron-Bridge.", only="megatron"
+        "raw",
+        "Who converts Megatron weights: miles, or Megatron-Bridge.",
+        only="megatron",
     )
     recompute_loss_function: bool = flag(
         False, "Recompute the loss in the backward pass instead of keeping its activations."
@@ -197,7 +199,7 @@ class CheckpointConfig(Section):
     )
     no_save_optim: bool = flag(False, "Leave the optimizer out of the checkpoints.")
     no_load_optim: bool = flag(
-        False, "Resume without the optimizer's state; the learning rate's schedule starts anew, too."
+        False, "Resume without the optimizer's state; the schedule of the learning rate starts anew, too."
     )
     no_save_rng: bool = flag(False, "Leave the states of random generators out of the checkpoints.")
     no_load_rng: bool = flag(False, "Resume without the states of random generators.")

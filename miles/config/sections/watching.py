@@ -76,7 +76,6 @@ class DebugConfig(Section):
     check_weight_update_equal: bool = flag(
         False,
         "Compare the engines' weights with the trainer's after the first update.",
-        status=no_meaning_here("the engine reads the trainer's weights in place."),
     )
 
 

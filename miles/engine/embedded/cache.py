@@ -4,7 +4,8 @@ Running requests occupy slots 0..n-1 without gaps, so that a decode step attends
 changes places with the last one. A free slot keeps what it held until somebody needs the slot: a later prompt that
 begins with the same tokens takes the common prefix from there instead of computing it (`find_prefix`).
 
-    keys and values: [layers, slots, length, 2 * K, D]   (K key heads, then K value heads)
+    keys and values: [layers, slots, length, 2 * K, D]   (K key heads, then K value heads); in memory the positions of
+                                                         one head lie side by side, because attention reads them so
     experts:         [slots, length, layers, top_k]      int32, which experts each token took; empty for a dense model
 
 Slots and length grow geometrically, inside a budget of `max_total_tokens` = slots * length. Which request sits where is
@@ -13,7 +14,7 @@ the scheduler's business (`engine.py`); this file knows slots and token ids only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,16 +89,22 @@ class KVCache:
     def _allocate(self, slots: int, length: int) -> None:
         shape = self.shape
         # Zeros, not garbage: masked positions are multiplied by 0, and 0 * nan is nan.
-        self.kv = torch.zeros(
-            (shape.num_layers, slots, length, self.PLANES * shape.num_kv_heads, shape.head_dim),
+        self._heads = torch.zeros(
+            (shape.num_layers, slots, self.PLANES * shape.num_kv_heads, length, shape.head_dim),
             dtype=self.dtype,
             device=self.device,
         )
+        self.kv = self._heads.transpose(2, 3)
         self.experts = torch.zeros(
             (slots, length, shape.num_layers, shape.top_k), dtype=torch.int32, device=self.device
         )
         self.length = length
         self.contents = [[] for _ in range(slots)]
+
+    def free(self) -> None:
+        """Give all memory back. No request may be running; `reserve` allocates anew."""
+        self._allocate(0, 0)
+        self.epoch += 1
 
     # ---- contents ------------------------------------------------------------------------------------------------
 
@@ -167,17 +174,29 @@ class KVCache:
 
     # ---- attention -----------------------------------------------------------------------------------------------
 
+    def _writer(self, rows_N: Tensor) -> Callable[[int, Tensor], None]:
+        """Puts [N, PLANES * K, D] of a layer to the tokens at `rows_N` = slot * length + position."""
+        heads = self.PLANES * self.shape.num_kv_heads
+        first = rows_N.div(self.length, rounding_mode="floor") * ((heads - 1) * self.length) + rows_N
+        rows = (first.unsqueeze(1) + torch.arange(heads, device=self.device) * self.length).flatten()
+        flat = self._heads.view(self.shape.num_layers, -1, self.shape.head_dim)
+
+        def write(layer: int, kv: Tensor) -> None:
+            flat[layer].index_copy_(0, rows, kv.reshape(-1, self.shape.head_dim))
+
+        return write
+
     def decode_attention(self, rows_N: Tensor, mask: Tensor, num: int, longest: int) -> Attend:
         """One new token in each of the slots 0..num-1; `rows_N` = slot * length + position of that token.
 
         mask: additive [num, 1, 1, longest].
         """
         h, k, d = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim
-        flat = self.kv.view(self.shape.num_layers, -1, 2 * k, d)
-        seen = self.kv[:, :num, :longest].transpose(2, 3)
+        write = self._writer(rows_N)
+        seen = self._heads[:, :num, :, :longest]
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            flat[layer].index_copy_(0, rows_N, qkv.narrow(1, h, 2 * k))
+            write(layer, qkv.narrow(1, h, 2 * k))
             keys, values = seen[layer].split(k, 1)
             # Query heads of one key head take the place of query positions: no copy of keys and values per head.
             query = qkv.narrow(1, 0, h).view(num, k, h // k, d)
@@ -195,8 +214,8 @@ class KVCache:
         have room for one more token).
         """
         h, k, d, num = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim, len(slots)
-        flat = self.kv.view(self.shape.num_layers, -1, 2 * k, d)
         slots_P, positions, rows = self._places(slots, offsets, width)
+        write = self._writer(rows)
         reach = min(max(offsets) + width, self.length)
         mask = None
         if max(offsets) > 0:
@@ -204,7 +223,7 @@ class KVCache:
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             kv = qkv.narrow(1, h, 2 * k)
-            flat[layer].index_copy_(0, rows, kv)
+            write(layer, kv)
             past = kv.view(num, width, 2 * k, d) if mask is None else self.kv[layer, slots_P, :reach]
             keys, values = past.transpose(1, 2).split(k, 1)
             query = qkv.narrow(1, 0, h).view(num, width, h, d).transpose(1, 2)

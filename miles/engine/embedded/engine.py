@@ -25,9 +25,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,11 +35,18 @@ import torch
 from torch import Tensor
 
 from miles.engine.embedded.cache import KVCache
+from miles.engine.embedded.checker import WeightsChecker
+from miles.engine.embedded.control import EngineControl, cast
 from miles.engine.embedded.exact import ExactCache, ExactModel
+from miles.engine.embedded.loading import affordable_tokens, end_of_sequence_ids, in_passing_thread, load_tokenizer
+from miles.engine.embedded.memory import Memory, Source
 from miles.engine.embedded.model import DecoderModel, load_config, load_tensors
+from miles.engine.embedded.replies import Delivery, Progress, Reply
 from miles.engine.embedded.scheduler import Running, Scheduler
-from miles.engine.protocol import BadRequestError, GenerateRequest, GenerateResult
-from miles.errors import CheckpointError, EngineError
+from miles.engine.protocol import GenerateRequest, GenerateResult
+from miles.errors import EngineError
+
+__all__ = ["EmbeddedEngine", "end_of_sequence_ids", "in_passing_thread"]
 
 T = TypeVar("T")
 
@@ -49,16 +56,14 @@ SETTLE_PASSES = 12
 SETTLE_TIMEOUT_S = 5.0
 """How long the engine waits for a home loop that does not turn (a plug-in blocks it)."""
 
+FIRST_TOKEN_S = 0.05
+"""How long the engine waits for readers of streams to take their first token."""
+
 BURST_STEPS = 16
 """Most steps between two looks at the inbox's lock; a request that ends or an inbox entry cuts a burst short."""
 
-PAUSE_MODES = ("abort", "retract", "in_place")
 
-CACHE_MEMORY_FRACTION = 0.25
-"""Share of the memory that is free at start which keys and values may take, unless max_total_tokens says otherwise."""
-
-
-class EmbeddedEngine:
+class EmbeddedEngine(EngineControl):
     """Generates for many callers at once from one model on one device.
 
     `EmbeddedEngine.from_folder(dir)` loads a checkpoint; the constructor takes a config and tensors, for instance a
@@ -91,21 +96,26 @@ class EmbeddedEngine:
         if max_running_requests < 1:
             raise ValueError(f"max_running_requests must be >= 1, got {max_running_requests}")
         self._dtype = dtype = torch.float32 if exact else dtype
-        self.hf_config, self.tokenizer, self.model_path = hf_config, tokenizer, model_path
-        self.model = (ExactModel if exact else DecoderModel)(hf_config, _cast(tensors, dtype))
+        self.hf_config, self.tokenizer, self.model_path, self.seed = hf_config, tokenizer, model_path, seed
+        self.model = (ExactModel if exact else DecoderModel)(hf_config, cast(tensors, dtype))
+        self.weight_shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named.items()}
         self.context_length = min(context_length or self.model.shape.context_length, self.model.shape.context_length)
         self._scheduler = Scheduler(
             self.model,
             tokenizer,
             max_running_requests=max_running_requests,
-            max_total_tokens=max_total_tokens or _affordable_tokens(self.model, max_running_requests),
+            max_total_tokens=max_total_tokens or affordable_tokens(self.model, max_running_requests),
             context_length=self.context_length,
             eos_ids=eos_token_ids if eos_token_ids is not None else end_of_sequence_ids(hf_config, tokenizer),
             seed=seed,
             weight_version=weight_version,
             cache_class=ExactCache if exact else KVCache,
         )
-        self._replies: dict[Running, _Reply] = {}
+        self._memory = Memory(self._scheduler, lambda read: self.model.load(cast(read, dtype)))
+        self._memory.weights_taken(lambda: tensors)
+        self.checker = WeightsChecker(self.model)
+        self._replies: dict[Running, Reply] = {}
+        self._streams: dict[Running, Progress] = {}  # those that are told of every token
         self._outboxes: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
         self._outboxes_lock = threading.Lock()
         self._home: asyncio.AbstractEventLoop | None = None
@@ -113,19 +123,31 @@ class EmbeddedEngine:
         self._inbox_filled = threading.Condition()
         self._settled = True  # the home loop has drawn its conclusions from the last results
         self._home_stuck = False  # it did not in time, and is not waited for until it turns again
-        self._paused = self._suspended = self._closed = False
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     @classmethod
     def from_folder(
-        cls, model_dir: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", **options: Any
+        cls,
+        model_dir: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        read: Source | None = None,
+        **options: Any,
     ) -> EmbeddedEngine:
-        """Load a Hugging Face folder (config, safetensors, tokenizer). CheckpointError says what is wrong with it."""
-        hf_config = load_config(model_dir)
-        tensors = load_tensors(model_dir, dtype=dtype, device=device)
-        tokenizer = _load_tokenizer(model_dir)
+        """Load a Hugging Face folder (config, safetensors, tokenizer). CheckpointError says what is wrong with it.
+
+        With `read`, the weights are what it returns, as of a memory that is shared, and the folder has the rest.
+        """
+        hf_config, tokenizer = load_config(model_dir), load_tokenizer(model_dir)
+        tensors = read() if read is not None else load_tensors(model_dir, dtype=dtype, device=device)
         eos = end_of_sequence_ids(hf_config, tokenizer, model_dir)
-        return cls(hf_config, tensors, tokenizer, dtype=dtype, model_path=str(model_dir), eos_token_ids=eos, **options)
+        engine = cls(
+            hf_config, tensors, tokenizer, dtype=dtype, model_path=str(model_dir), eos_token_ids=eos, **options
+        )
+        engine._memory.weights_taken(read or engine._folder(model_dir))  # these tensors themselves would be kept
+        return engine
 
     # ---- generate ------------------------------------------------------------------------------------------------
 
@@ -134,8 +156,41 @@ class EmbeddedEngine:
 
         BadRequestError for a request that this model cannot take, EngineError if a step fails.
         """
+        reply = self._begin(request)
+        try:
+            return await reply.future
+        except asyncio.CancelledError:
+            self._abandon(reply)
+            raise
+
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateResult, None]:
+        """Partial results while the request runs (`finish_reason` None), each with all tokens so far, then the result
+        of `generate`. Closing the generator, or cancelling whoever reads it, aborts the request.
+
+        Example::
+
+            async with contextlib.aclosing(engine.stream(request)) as results:
+                async for result in results:
+                    print(result.text, result.finish_reason)
+
+        Text grows at its end only, and never shows a part of a stop string. Raises as `generate` does.
+        """
+        progress = Progress(request, self.tokenizer, lambda: self.weight_version)
+        reply = self._begin(request, progress)
+        try:
+            while not reply.future.done():
+                await progress.news.wait()
+                progress.news.clear()
+                if not reply.future.done() and (partial := progress.partial()) is not None:
+                    yield partial
+            yield reply.future.result()
+        finally:
+            if not reply.future.done():
+                self._abandon(reply)
+
+    def _begin(self, request: GenerateRequest, progress: Progress | None = None) -> Reply:
         loop = asyncio.get_running_loop()
-        reply = _Reply(loop, loop.create_future())
+        reply = Reply(request, loop, loop.create_future(), progress)
 
         def start() -> None:
             if reply.cancelled:
@@ -143,114 +198,43 @@ class EmbeddedEngine:
             try:
                 if self._closed:
                     raise EngineError("the engine is closed.")
-                self._replies[self._scheduler.submit(request)] = reply
+                self._memory.check()
+                running = self._scheduler.submit(request)
+                self._replies[running] = reply
+                if progress is not None:
+                    progress.running = running
+                    self._streams[running] = progress
             except Exception as error:
                 known = isinstance(error, EngineError)
                 refusal = error if known else EngineError(f"the request failed: {type(error).__name__}: {error}")
                 self._hand_over(loop, [(reply, refusal)])
 
         self._post_after_settling(loop, start)
-        try:
-            return await reply.future
-        except asyncio.CancelledError:
-            reply.cancelled = True
-            with contextlib.suppress(EngineError):  # a closed engine has nothing left to abort
-                self._post([lambda: self._scheduler.abort(lambda r: r.request is request, "Cancelled by the caller")])
-            raise
+        return reply
+
+    def _abandon(self, reply: Reply) -> None:
+        """Nobody waits for it any more: free its place at the next step."""
+        reply.cancelled = True
+        reply.future.cancel()
+        with contextlib.suppress(EngineError):  # a closed engine has nothing left to abort
+            self._post(
+                [lambda: self._scheduler.abort(lambda r: r.request is reply.request, "Cancelled by the caller")]
+            )
 
     @property
     def num_unfinished(self) -> int:
         """Requests inside the engine."""
         return len(self._replies)
 
-    # ---- control: from any thread; each takes effect between two steps ----------------------------------------------
-
-    def abort(self, rid: str | None = None, *, abort_all: bool = False) -> None:
-        """End one request (with the `<rid>_<i>` of a batch) or all: they return what they have, finished by `abort`."""
-        if not abort_all and not rid:
-            raise BadRequestError("abort_request: give 'rid', or 'abort_all': true.")
-
-        def matches(running: Running) -> bool:
-            own = running.request.rid
-            return abort_all or own == rid or own.startswith(f"{rid}_")
-
-        self._post_control(lambda: self._scheduler.abort(matches, "Aborted"))
-
-    def flush_cache(self) -> bool:
-        """Forget shared prefixes. False, with nothing done, while requests run."""
-        return self._call(self._scheduler.flush)
-
-    def pause(self, mode: str = "abort") -> None:
-        """Stop generating: `abort` ends requests, `retract` computes their caches anew later, `in_place` keeps them.
-
-        Requests that arrive while the engine is paused wait for `resume`.
-        """
-        if mode not in PAUSE_MODES:
-            raise BadRequestError(f"pause_generation: mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}.")
-
-        def pause() -> None:
-            self._paused = True
-            if mode == "abort":
-                self._scheduler.abort(lambda _: True, "Aborted by pause_generation")
-            elif mode == "retract":
-                self._scheduler.retract()
-
-        self._call(pause)
-
-    def resume(self) -> None:
-        """Go on after `pause`."""
-
-        def resume() -> None:
-            self._paused = False
-
-        self._call(resume)
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot; the others wait for one."""
+        return len(self._scheduler.running)
 
     @property
-    def paused(self) -> bool:
-        return self._paused or self._suspended
-
-    def suspend(self) -> None:
-        """No step until `update_weights`: whoever owns the tensors is about to change them in place.
-
-        Running requests keep their caches and go on under the new weights.
-        """
-
-        def suspend() -> None:
-            self._suspended = True
-
-        self._call(suspend)
-
-    @property
-    def weight_version(self) -> str:
-        return self._scheduler.weight_version
-
-    @property
-    def max_running_requests(self) -> int:
-        return self._scheduler.max_running_requests
-
-    @property
-    def max_total_tokens(self) -> int:
-        return self._scheduler.max_total_tokens
-
-    def update_weights(self, tensors: Mapping[str, Tensor], version: str, *, copy: bool = False) -> None:
-        """Generate from these tensors (Hugging Face names) from the next step on.
-
-        The tensors are referred to, not copied: a trainer that changes them in place must call this again after each
-        change, and must `suspend` the engine before it, unless it passes `copy=True`. CheckpointError for names or
-        shapes that do not fit; the old weights then stay.
-        """
-        taken = {name: tensor.detach().clone() for name, tensor in tensors.items()} if copy else tensors
-
-        def update() -> None:
-            self._scheduler.set_weights(lambda: self.model.load(_cast(taken, self._dtype)), version)
-            self._suspended = False
-
-        self._call(update)
-
-    def update_weights_from_disk(self, model_dir: str | Path, version: str | None = None) -> None:
-        """Load the safetensors of a folder of the same architecture; `version` None keeps the version's name."""
-        tensors = load_tensors(model_dir, dtype=self._dtype or self.model.dtype, device=str(self.model.device))
-        self.update_weights(tensors, self.weight_version if version is None else version)
+    def num_steps(self) -> int:
+        """Steps done since the start."""
+        return self._scheduler.num_steps
 
     def close(self) -> None:
         """End the engine's thread. Requests that still run fail with EngineError."""
@@ -348,6 +332,7 @@ class EmbeddedEngine:
             except Exception as error:
                 failure = EngineError(f"the engine failed while generating: {type(error).__name__}: {error}")
                 failure.__cause__ = error
+                self.last_error = str(failure)
                 self._fail_all(failure)
         for command in self._inbox:  # what came in while it closed; nothing can come after
             command()
@@ -357,7 +342,7 @@ class EmbeddedEngine:
         return settled and self._has_work()
 
     def _has_work(self) -> bool:
-        return self._scheduler.has_work and not (self._paused or self._suspended)
+        return self._scheduler.has_work and not (self._paused or self._suspended) and self._memory.ready
 
     def _take_inbox(self) -> list[Callable[[], None]]:
         """What came in since the last step. Sleeps while there is nothing to do, or the home loop has yet to settle."""
@@ -372,29 +357,45 @@ class EmbeddedEngine:
         """Steps until a request ends, somebody calls, or BURST_STEPS are done."""
         for _ in range(BURST_STEPS):
             self._scheduler.step()
-            if self._scheduler.finished or self._inbox or not self._scheduler.has_work:
+            if self._scheduler.finished or self._inbox or self._streams or not self._scheduler.has_work:
                 return
 
     def _deliver(self) -> None:
-        """Hand the results of finished requests to the loops that wait for them."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
+        """Hand the results of finished requests to the loops that wait for them, and tell streams of new tokens."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
         for running in self._scheduler.finished:
             reply = self._replies[running]
             if not reply.cancelled:
                 by_loop.setdefault(reply.loop, []).append((reply, self._scheduler.result(running)))
         for running in self._scheduler.finished:
             del self._replies[running]
+            self._streams.pop(running, None)
         self._scheduler.finished = []
+        if self._streams:
+            self._tell_streams()
         for loop, deliveries in by_loop.items():
             self._hand_over(loop, deliveries)
 
+    def _tell_streams(self) -> None:
+        """Wake readers for their new tokens. A first token is waited for until its reader has it: a small model would
+        be done before a busy loop turns, and the whole answer come as one chunk."""
+        deadline = time.monotonic() + FIRST_TOKEN_S
+        for running, progress in self._streams.items():
+            if running.logprobs:
+                with contextlib.suppress(RuntimeError):  # the reader's loop is closed
+                    progress.tell(self._replies[running].loop)
+        for running, progress in self._streams.items():
+            if running.logprobs and not progress.first_shown.is_set():
+                progress.first_shown.wait(max(0.0, deadline - time.monotonic()))
+                progress.first_shown.set()  # once, whether it came or not
+
     def _fail_all(self, error: EngineError) -> None:
         self._scheduler.fail_all()
-        replies, self._replies = list(self._replies.values()), {}
+        replies, self._replies, self._streams = list(self._replies.values()), {}, {}
         for reply in replies:
             self._hand_over(reply.loop, [(reply, error)])
 
-    def _hand_over(self, loop: asyncio.AbstractEventLoop, deliveries: list[_Delivery]) -> None:
+    def _hand_over(self, loop: asyncio.AbstractEventLoop, deliveries: list[Delivery]) -> None:
         if loop is self._home and loop.is_running() and not self._home_stuck:
             self._settled = False
         try:
@@ -402,7 +403,7 @@ class EmbeddedEngine:
         except RuntimeError:  # the callers' loop is closed: nobody waits for these
             self._settled = True
 
-    def _resolve(self, loop: asyncio.AbstractEventLoop, deliveries: list[_Delivery]) -> None:
+    def _resolve(self, loop: asyncio.AbstractEventLoop, deliveries: list[Delivery]) -> None:
         """In the callers' loop: wake those who wait, let what follows happen, then let the engine go on."""
         for reply, result in deliveries:
             reply.resolve(result)
@@ -416,98 +417,9 @@ class EmbeddedEngine:
             self._inbox_filled.notify()
 
 
-def in_passing_thread(build: Callable[[], T]) -> T:
-    """Run `build` in a thread that ends with it.
-
-    OpenMP keeps a team of workers for every thread that has computed. A team too many and all of them sleep between
-    operations; a thread that ends takes its team along, and the engine's stays the only one.
-    """
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(build())
-        except BaseException as error:
-            done.set_exception(error)
-
-    # A daemon: Ctrl-C while a large model loads need not wait for the rest of it.
-    thread = threading.Thread(target=run, name="miles-load", daemon=True)
-    thread.start()
-    result = done.result()
-    thread.join()
-    return result
-
-
-@dataclass(eq=False)
-class _Reply:
-    """Where a result goes: a future of the caller's loop."""
-
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[GenerateResult]
-    cancelled: bool = False
-
-    def resolve(self, result: GenerateResult | Exception) -> None:
-        """In the caller's loop."""
-        if self.future.done():
-            return
-        if isinstance(result, Exception):
-            self.future.set_exception(result)
-        else:
-            self.future.set_result(result)
-
-
-_Delivery = tuple[_Reply, GenerateResult | Exception]
-
-
 def _after_passes(loop: asyncio.AbstractEventLoop, passes: int, action: Callable[[], None]) -> None:
     """Call `action` after this many passes of the loop's ready queue."""
     if passes == 0:
         action()
     else:
         loop.call_soon(_after_passes, loop, passes - 1, action)
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
-    if dtype is None or all(tensor.dtype == dtype for tensor in tensors.values()):
-        return tensors
-    return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
-
-
-def _affordable_tokens(model: DecoderModel, max_running_requests: int) -> int:
-    """Tokens of keys and values that fit a share of the free memory, at most what the slots can hold."""
-    shape = model.shape
-    bytes_per_token = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * model.cache_dtype.itemsize
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
-    affordable = int(free * CACHE_MEMORY_FRACTION) // bytes_per_token
-    return max(1, min(affordable, max_running_requests * shape.context_length))
-
-
-def _load_tokenizer(model_dir: str | Path) -> Any | None:
-    """The folder's tokenizer, or None where it has none: such an engine takes token ids only."""
-    from transformers import AutoTokenizer
-
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((Path(model_dir) / name).is_file() for name in names):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(str(model_dir))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{model_dir}: its tokenizer cannot be loaded: {error}") from error
-
-
-def end_of_sequence_ids(hf_config: Any, tokenizer: Any | None, model_dir: str | Path | None = None) -> frozenset[int]:
-    """Every id that ends a sequence: of the config, the generation config and the tokenizer."""
-    found: list[Any] = [hf_config.eos_token_id]
-    if tokenizer is not None:
-        found.append(tokenizer.eos_token_id)
-    if model_dir is not None and (Path(model_dir) / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        found.append(GenerationConfig.from_pretrained(str(model_dir)).eos_token_id)
-    flat = [token for entry in found for token in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    return frozenset(token for token in flat if token is not None)

@@ -82,6 +82,10 @@ class ExactModel(DecoderModel):
         ]
         self._head_grid = exact.on_grid(self.head)
 
+    def forget(self) -> None:
+        super().forget()
+        self._exact_layers, self._head_grid = [], self.head
+
     def cover_positions(self, count: int) -> None:
         if count > self._num_positions:
             self._cos, self._sin = exact.rotary_table(self._inv_freq, self._rope_scale, count)
@@ -126,10 +130,10 @@ class ExactCache(KVCache):
     PLANES = 3
 
     def decode_attention(self, rows_N: Tensor, mask: Tensor, num: int, longest: int) -> Attend:
-        flat, seen = self.kv.flatten(1, 2), self.kv[:, :num, :longest].transpose(2, 3)
+        write, seen = self._writer(rows_N), self._heads[:, :num, :, :longest]
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            flat[layer].index_copy_(0, rows_N, _stored(self.shape, qkv))
+            write(layer, _stored(self.shape, qkv))
             out = self._attend(qkv.unsqueeze(1), seen[layer], mask)
             return out.reshape(num, self.shape.num_heads, self.shape.head_dim)
 
@@ -142,10 +146,10 @@ class ExactCache(KVCache):
         reach = min(max(offsets) + width, self.length)
         beyond = torch.arange(reach, device=self.device) > positions[:, :, None]
         mask = torch.zeros(beyond.shape, dtype=torch.float64, device=self.device).masked_fill_(beyond, -torch.inf)
-        flat, num = self.kv.flatten(1, 2), len(slots)
+        write, num = self._writer(rows), len(slots)
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            flat[layer].index_copy_(0, rows, _stored(self.shape, qkv))
+            write(layer, _stored(self.shape, qkv))
             past = self.kv[layer, slots_P, :reach].transpose(1, 2)
             # Queries of one key head stand below each other: the mask repeats for each of them.
             out = self._attend(qkv.view(num, width, -1, self.shape.head_dim), past, mask.unsqueeze(1))

@@ -11,7 +11,7 @@ Shapes: N tokens, C hidden size, H query heads, K key/value heads, D head size, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,15 +117,19 @@ class Layer:
 class DecoderModel:
     """`load` takes over tensors; `forward` and `logits` compute with them.
 
-    Embedding, output projections and norms are referred to, joined projections are copied: after a trainer has changed
-    its parameters in place, `load` has to be called again before the next step, and a run that trains and generates at
-    the same time must load copies.
+    Embedding, output projections and norms are referred to, joined projections are copied unless they follow each other
+    in memory: after a trainer has changed its parameters in place, `load` has to be called again before the next step,
+    and a run that trains and generates at the same time must load copies.
+
+    `named` are the weights that it computes with, by the names of Hugging Face checkpoints (experts one by one), as
+    views of its own tensors.
     """
 
     def __init__(self, hf_config: Any, tensors: Mapping[str, Tensor]) -> None:
         self.shape = DecoderShape.from_config(hf_config)
         self._inv_freq, self._rope_scale = rope_frequencies(hf_config, self.shape.head_dim)
         self._num_positions = 0
+        self._names: frozenset[str] = frozenset()
         self.load(tensors)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -136,8 +140,23 @@ class DecoderModel:
         layers = [_read_layer(take, f"model.layers.{i}", shape) for i in range(shape.num_layers)]
         final_norm = take("model.norm.weight", (c,))
         head = embed if shape.tied_embeddings else take("lm_head.weight", (shape.vocab_size, c))
+        self._check_names(take.named)
         self.embed, self.layers, self.final_norm, self.head = embed, layers, final_norm, head
         self.dtype, self.device = embed.dtype, embed.device
+        self.named: dict[str, Tensor] = take.named
+
+    def _check_names(self, named: Mapping[str, Tensor]) -> None:
+        """Weights that come later have the optional parts (biases, norms of heads) that the first ones had."""
+        if not self._names:
+            self._names = frozenset(named)
+        for name in sorted(self._names.symmetric_difference(named))[:1]:
+            what = "have no tensor" if name in self._names else "have, unlike those at the start, a tensor"
+            raise CheckpointError(f"The weights {what} {name!r}.")
+
+    def forget(self) -> None:
+        """Give up all tensors; `load` must be called before the next `forward`."""
+        self.embed = self.final_norm = self.head = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.layers, self.named = [], {}
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -201,6 +220,7 @@ class _Taker:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
         self.first: Tensor | None = None
+        self.named: dict[str, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -217,22 +237,44 @@ class _Taker:
                 f"{name} is {tensor.dtype} on {tensor.device}, others are {self.first.dtype} on {self.first.device}; "
                 "the embedded engine wants one dtype and one device."
             )
+        self.named[name] = tensor
         return tensor
+
+    def joined(self, names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors that were taken as `names`, below each other: a view where they lie so in memory, else a copy."""
+        whole = tensors[0] if len(tensors) == 1 else _adjacent(tensors)
+        if whole is None:
+            whole = torch.cat(list(tensors))
+            self.named.update(zip(names, whole.split([len(tensor) for tensor in tensors])))
+        return whole
 
     def linear(self, name: str, *parts: tuple[str, int], in_features: int) -> Linear:
         """The projections `<name>.<part>` of one input, each (part, out_features), as one."""
         weights = [self(f"{name}.{part}.weight", (out, in_features)) for part, out in parts]
+        weight = self.joined([f"{name}.{part}.weight" for part, _ in parts], weights)
         biased = [f"{name}.{part}.bias" in self for part, _ in parts]
         bias = None
         if any(biased):
-            bias = torch.cat(
-                [
-                    self(f"{name}.{part}.bias", (out,)) if has else weight.new_zeros(out)
-                    for (part, out), has, weight in zip(parts, biased, weights)
-                ]
-            )
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+            biases = [
+                self(f"{name}.{part}.bias", (out,)) if has else weight.new_zeros(out)
+                for (part, out), has in zip(parts, biased)
+            ]
+            bias = torch.cat(biases)
+            views = zip(parts, biased, bias.split([out for _, out in parts]))
+            self.named.update({f"{name}.{part}.bias": view for (part, _), has, view in views if has})
         return Linear(weight, weight.t(), bias)
+
+
+def _adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Rows of several contiguous matrices as one view, if they follow each other in one storage."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or not tensor.is_contiguous() or tensor.storage_offset() != end:
+            return None
+        end += tensor.numel()
+    rows = sum(len(tensor) for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _read_layer(take: _Taker, name: str, shape: DecoderShape) -> Layer:
@@ -240,8 +282,10 @@ def _read_layer(take: _Taker, name: str, shape: DecoderShape) -> Layer:
     wide, narrow = shape.num_heads * d, shape.num_kv_heads * d
     qk_norm = None
     if f"{name}.self_attn.q_norm.weight" in take:
-        each = [take(f"{name}.self_attn.{part}_norm.weight", (d,)) for part in ("q", "k")]
+        norms = [f"{name}.self_attn.{part}_norm.weight" for part in ("q", "k")]
+        each = [take(norm, (d,)) for norm in norms]
         qk_norm = torch.cat([each[0].expand(shape.num_heads, d), each[1].expand(shape.num_kv_heads, d)])
+        take.named.update({norms[0]: qk_norm[0], norms[1]: qk_norm[shape.num_heads]})
     return Layer(
         input_norm=take(f"{name}.input_layernorm.weight", (c,)),
         qkv=take.linear(
@@ -279,6 +323,9 @@ def _read_sparse(take: _Taker, name: str, shape: DecoderShape) -> SparseMlp:
 
         gate_up = torch.stack([torch.cat(pair) for pair in zip(each("gate_proj", ffn, c), each("up_proj", ffn, c))])
         down = torch.stack(each("down_proj", c, ffn))
+    for stack in (f"{name}.experts.gate_up_proj", stacked):
+        take.named.pop(stack, None)
+    take.named.update(unstacked(f"{name}.experts.gate_up_proj", gate_up) | unstacked(stacked, down))
     return SparseMlp(
         router=take(f"{name}.gate.weight", (num, c)),
         gate_up=gate_up,
@@ -287,6 +334,29 @@ def _read_sparse(take: _Taker, name: str, shape: DecoderShape) -> SparseMlp:
         normalize=shape.normalize_routing,
     )
 
+
+def unstacked(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The experts of a stacked tensor under the names that checkpoints have; any other tensor as it is."""
+    stem, _, last = name.rpartition(".")
+    if not stem.endswith(".experts") or last not in ("gate_up_proj", "down_proj") or tensor.dim() != 3:
+        return {name: tensor}
+    if last == "down_proj":
+        return {f"{stem}.{e}.down_proj.weight": rows for e, rows in enumerate(tensor)}
+    views = {}
+    for e, rows in enumerate(tensor):
+        views[f"{stem}.{e}.gate_proj.weight"], views[f"{stem}.{e}.up_proj.weight"] = rows.chunk(2)
+    return views
+
+
+def flat_names(model: DecoderModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a trainer or a checkpoint under the names that `model.named` has: stacked experts one by one, without
+    the output projection of a model that has none of its own."""
+    flat: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        flat |= unstacked(name, tensor)
+    if model.shape.tied_embeddings:
+        flat.pop("lm_head.weight", None)
+    return flat
 
 
 def load_config(model_dir: str | Path) -> Any:

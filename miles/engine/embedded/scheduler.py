@@ -125,6 +125,7 @@ class Scheduler:
         self.running: list[Running] = []
         self.finished: list[Running] = []
         self.cache = self._new_cache()
+        self.num_steps = 0  # done since the start: whoever looks twice sees whether the engine is alive
         self._batch: _Batch | None = None
         self._seeds = torch.Generator().manual_seed(seed)
 
@@ -146,6 +147,7 @@ class Scheduler:
         if self.running:
             tokens, logprobs = self._decode()
             self._release(self._collect(tokens, logprobs))
+        self.num_steps += 1
 
     @property
     def has_work(self) -> bool:
@@ -168,6 +170,7 @@ class Scheduler:
             ids = list(self.tokenizer.encode(request.text))
         if not ids:
             raise BadRequestError("the prompt has no tokens.")
+        limit = self._length_limit(len(ids), params)  # first: a prompt of millions of tokens is not looked through
         vocab = self.model.shape.vocab_size
         bad = next((token for token in ids if not 0 <= token < vocab), None)
         if bad is not None:
@@ -176,7 +179,6 @@ class Scheduler:
             raise BadRequestError("this engine has no tokenizer: use stop_token_ids instead of stop.")
         if request.return_routed_experts and not self.model.shape.num_experts:
             raise BadRequestError("return_routed_experts needs a mixture-of-experts model; this one is dense.")
-        limit = self._length_limit(len(ids), params)
         if request.return_logprob and request.logprob_start_len > len(ids):
             raise BadRequestError(
                 f"logprob_start_len {request.logprob_start_len} is beyond the {len(ids)} prompt tokens."

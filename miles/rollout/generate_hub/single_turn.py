@@ -10,6 +10,7 @@ from miles.rollout.generate_utils.generate_endpoint_utils import (
     compute_request_payload,
     update_sample_from_response,
 )
+from miles.rollout.generate_utils.radix_tree import postprocess_sample_with_radix_tree, uses_radix_tree
 from miles.types import GenerateFnInput, GenerateFnOutput, Sample
 
 # Characters of a prompt that an error shows.
@@ -47,5 +48,8 @@ async def generate(input: GenerateFnInput) -> GenerateFnOutput:
         sample.status = halt
         return GenerateFnOutput(samples=sample)
     output = await state.context.client.generate(payload)
+    if uses_radix_tree(input.args) and state.tokenizer.decode(input_ids) == f"{sample.prompt}{sample.response}":
+        await postprocess_sample_with_radix_tree(input.args, sample, output)
+        return GenerateFnOutput(samples=sample)
     await update_sample_from_response(input.args, sample, payload, output)
     return GenerateFnOutput(samples=sample)

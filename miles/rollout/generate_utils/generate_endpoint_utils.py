@@ -90,11 +90,11 @@ async def update_sample_from_response(
     elif sample.loss_mask is not None:
         # A resumed sample whose earlier tokens were masked: the new ones are on-policy.
         sample.loss_mask = sample.loss_mask + [1] * (sample.response_length - len(sample.loss_mask))
-    sample.rollout_routed_experts = _routed_experts(args, sample, meta)
+    sample.rollout_routed_experts = routed_experts_of(args, sample, meta)
     sample.update_from_meta_info(args, meta)
 
 
-def _routed_experts(args: Namespace, sample: Sample, meta: dict[str, Any]) -> Any:
+def routed_experts_of(args: Namespace, sample: Sample, meta: dict[str, Any]) -> Any:
     """int32 [len(tokens) - 1, num_layers, moe_router_topk], of the latest request, which covers the whole prefix."""
     encoded = meta.get("routed_experts")
     if encoded is None:

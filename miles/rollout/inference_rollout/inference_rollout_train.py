@@ -6,7 +6,7 @@ import asyncio
 from argparse import Namespace
 from collections.abc import Callable
 
-from miles.engine.client import get
+from miles.engine.calls import get
 from miles.rollout.loop import generate_rollout, mark_started, submit_groups
 from miles.rollout.state import GenerateState
 from miles.types import Group, RolloutFnTrainOutput

@@ -9,9 +9,8 @@ One gap has to do with TransformerEngine and not with the device (`GAPS`), and i
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +78,6 @@ def _cuda_names(original: Any) -> Any:
     return type_
 
 
-@contextlib.contextmanager
-def _no_stream() -> Iterator[None]:
-    yield
-
-
 class Event:
     """Has happened already."""
 
@@ -137,14 +131,12 @@ PATCHES: tuple[Patch, ...] = (
     Patch(torch.cuda, "current_device", _returns(lambda: CPU)),
     Patch(torch.cuda, "synchronize", _returns(lambda: None)),
     Patch(torch.cuda, "current_stream", _returns(Stream)),
-    Patch(torch.cuda, "stream", _returns(_no_stream)),
     Patch(torch.cuda, "Stream", lambda _: Stream),
     Patch(torch.cuda, "get_rng_state", _rng_state),
     Patch(torch.cuda.random, "get_rng_state", _rng_state),
     Patch(torch.cuda, "manual_seed", _seed),
     Patch(torch, "tensor", _on_cpu),
     Patch(torch, "zeros", _on_cpu),
-    Patch(torch, "empty", _on_cpu),
     Patch(torch.Tensor, "cuda", _stays),
     Patch(torch.Tensor, "type", _cuda_names),
 )

@@ -19,6 +19,16 @@ NOISE: tuple[tuple[type[Warning], str, str], ...] = (
         "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed.",
         "Megatron's optimizer asks each of its shards whether it has one",
     ),
+    (
+        UserWarning,
+        "`sequence_parallel` is set to `True`, but tensor model parallel size is 1. Disabling sequence parallel.",
+        "experts that are whole, beside layers that are not",
+    ),
+    (
+        UserWarning,
+        "If you are using transformer_engine as the transformer implementation, the core_attn is from",
+        "attention is that of `layers`",
+    ),
     (FutureWarning, "`torch.distributed.reduce_scatter_tensor` is deprecated.", "Megatron-Core calls it"),
     (FutureWarning, "`torch.distributed.all_gather_into_tensor` is deprecated.", "Megatron-Core calls it"),
 )

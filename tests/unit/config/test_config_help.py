@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -42,8 +41,8 @@ def test_help_says_what_is_not_built() -> None:
     (launcher,) = [line for line in lines if line.strip().startswith("--launcher")]
     assert "{auto,local}" in launcher
     assert "not built yet: ray" in " ".join(text.split())
-    (colocate,) = [line for line in lines if line.strip().startswith("--colocate")]
-    assert "[no meaning here]" in colocate
+    (offload,) = [line for line in lines if line.strip().startswith("--offload-train")]
+    assert "[no meaning here]" in offload
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
@@ -61,16 +60,11 @@ def test_a_list_of_choices_that_is_too_long_breaks_after_a_comma() -> None:
 HEAVY = ("torch", "numpy", "transformers", "ray", "sglang", "megatron", "pyarrow", "fastapi", "yaml")
 
 
-def test_help_imports_nothing_heavy_and_is_quick() -> None:
+def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys\nfrom miles.config import parse\n"
         "try:\n    parse(['--help'])\nexcept SystemExit:\n    pass\n"
         f"print('loaded', [m for m in {HEAVY!r} if m in sys.modules])"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.stdout.splitlines()[-1] == "loaded []"
-    assert min(seconds) < 0.5
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded []"

@@ -56,13 +56,9 @@ def test_there_is_at_least_one_engine() -> None:
 
 NOT_BUILT = [
     ["--actor-num-nodes", "2"],
-    ["--rollout-num-gpus", "8"],
-    ["--rollout-num-gpus-per-engine", "2"],
     ["--max-staleness", "1"],
     ["--launcher", "ray"],
     ["--fp16"],
-    ["--use-miles-router"],
-    ["--miles-router-middleware-paths", "my.middleware.Cache"],
     ["--sglang-ep-size", "2"],
     ["--profile-target", "train_actor", "train_log_probs"],
 ]

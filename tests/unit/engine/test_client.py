@@ -10,15 +10,9 @@ from argparse import Namespace
 
 import pytest
 
-from miles.engine import client as client_module
-from miles.engine.client import (
-    HttpEngineClient,
-    LocalEngineClient,
-    local_engine_at,
-    post,
-    register_local_engine,
-    unregister_local_engine,
-)
+from miles.engine import calls
+from miles.engine.calls import local_engine_at, post, register_local_engine, unregister_local_engine
+from miles.engine.client import HttpEngineClient, LocalEngineClient
 from miles.engine.embedded import EmbeddedEngine
 from miles.engine.embedded.server import create_app, serve_in_loop
 from miles.engine.protocol import BadRequestError
@@ -30,7 +24,7 @@ BODY = {"input_ids": [5, 6], "sampling_params": {"temperature": 0, "max_new_toke
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "RETRY_PAUSE_S", 0.01)
+    monkeypatch.setattr(calls, "RETRY_PAUSE_S", 0.01)
 
 
 def without_times(answer: dict) -> dict:
@@ -177,12 +171,12 @@ def test_host_info(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_init_http_client_bounds_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_max_connections", 5)
+    monkeypatch.setattr(calls, "_max_connections", 5)
     http_utils.init_http_client(Namespace(rollout_num_gpus=None))
-    assert client_module._max_connections == 5
+    assert calls._max_connections == 5
     args = Namespace(rollout_num_gpus=4, rollout_num_gpus_per_engine=2, sglang_server_concurrency=512)
     http_utils.init_http_client(args)
-    assert client_module._max_connections == 1024
+    assert calls._max_connections == 1024
 
 
 def ignore_sigterm() -> None:

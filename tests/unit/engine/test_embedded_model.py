@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from miles.engine.embedded import EmbeddedEngine
 from miles.engine.embedded.cache import KVCache, common_prefix
-from miles.engine.embedded.model import DecoderShape
+from miles.engine.embedded.model import DecoderModel, DecoderShape, load_config, load_tensors
 from miles.engine.embedded.scheduler import _prefill_batches
 from miles.errors import CheckpointError
 
@@ -51,7 +51,7 @@ WRONG = {
     ),
     "rope": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-        "rope_type: the embedded engine knows default, linear, llama3, yarn, got 'dynamic'",
+        "rope_type: miles knows default, linear, llama3, yarn, got 'dynamic'",
     ),
     "no config": (without("config.json"), "expected a Hugging Face model folder with config.json"),
     "no weights": (without("model.safetensors"), "no *.safetensors file"),
@@ -173,3 +173,27 @@ def test_prefill_batches_hold_similar_lengths() -> None:
     work = [(Fake(n), 0) for n in (5, 4000, 8, 7, 3000, 2600, 2)]
     sizes = [[len(r.ids) - 1 - offset for r, offset in batch] for batch in _prefill_batches(work)]
     assert sizes == [[4000, 3000], [2600], [8, 7, 5], [2]]
+
+
+@pytest.mark.parametrize("kind", ["llama-mha-bias-rope3", "qwen2", "qwen3", "qwen3-moe", "qwen3-moe-mixed"])
+def test_the_weights_in_use_have_the_names_and_values_of_the_checkpoint(
+    checkpoints: dict[str, Path], kind: str
+) -> None:
+    stored = load_tensors(checkpoints[kind], dtype=None, device="cpu")
+    named = EmbeddedEngine.from_folder(checkpoints[kind]).model.named
+    assert set(named) == set(stored)
+    for name, tensor in stored.items():
+        assert torch.equal(named[name], tensor), name
+
+
+def test_projections_that_follow_each_other_in_memory_are_not_copied(checkpoints: dict[str, Path]) -> None:
+    """As shared memory lays them out: what is written there is what the engine computes with."""
+    stored = load_tensors(checkpoints["llama"], dtype=None, device="cpu")
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    memory = torch.cat([stored[name].flatten() for name in names])
+    parts = memory.split([stored[name].numel() for name in names])
+    adjacent = {name: part.view(stored[name].shape) for name, part in zip(names, parts)}
+    model = DecoderModel(load_config(checkpoints["llama"]), stored | adjacent)
+    assert model.layers[0].qkv.weight.data_ptr() == memory.data_ptr()
+    assert torch.equal(model.layers[0].qkv.weight, torch.cat([stored[name] for name in names]))
+    assert model.layers[1].qkv.weight.data_ptr() != stored["model.layers.1.self_attn.q_proj.weight"].data_ptr()

@@ -91,7 +91,7 @@ BAD_REQUESTS = [
     ({"text": 5}, "text: expected a string"),
     ({"input_ids": [1], "samplingparams": {}}, "Did you mean 'sampling_params'?"),
     ({"input_ids": [1], "image_data": ["x"]}, "'image_data' is not built into this engine"),
-    ({"input_ids": [1], "stream": True}, "'stream' is not built into this engine"),
+    ({"input_ids": [1], "stream": "yes"}, "stream: expected true or false, got 'yes'"),
     ({"input_ids": [[1], [2]], "rid": ["a"]}, "rid: expected 2 strings"),
     ({"input_ids": [[1], [2]], "return_logprob": [True]}, "return_logprob: 1 entries for 2 prompts"),
 ]

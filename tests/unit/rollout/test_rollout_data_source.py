@@ -287,15 +287,25 @@ def test_a_data_set_of_another_size_is_reported(args: Namespace, caplog: pytest.
     assert "has 3 prompts, 5 when the checkpoint was written" in caplog.text
 
 
-def test_weights_without_their_data_position_are_refused(args: Namespace) -> None:
+@pytest.mark.parametrize("folder", ["iter_0000008", "iter_0000007"], ids=["fsdp", "megatron"])
+def test_weights_without_their_data_position_are_refused(folder: str, args: Namespace) -> None:
     """A resumed run would go through its data from the start; before the first rollout there is nothing to miss."""
     source = RolloutDataSourceWithBuffer(args)
-    Path(args.load, "iter_0000008", "model").mkdir(parents=True)
+    Path(args.load, folder).mkdir(parents=True)
+    Path(args.load, folder, "meta.json").write_text('{"rollout_id": 7}')
     missing = re.escape(str(state_path(args.load, 7)))
-    with pytest.raises(CheckpointError, match=rf"--load .*iter_0000008 has weights, but {missing}.*does not exist"):
+    with pytest.raises(CheckpointError, match=rf"--load .*{folder} has weights, but {missing}.*does not exist"):
         source.load(7)
     source.load(-1)
     source.load(None)
+    assert source.sample_offset == 0
+
+
+def test_weights_of_others_have_no_data_position(args: Namespace) -> None:
+    """Megatron's own training wrote them: the data starts at the beginning."""
+    Path(args.load, "iter_0000007").mkdir(parents=True)
+    source = RolloutDataSourceWithBuffer(args)
+    source.load(7)
     assert source.sample_offset == 0
 
 

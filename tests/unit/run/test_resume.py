@@ -123,7 +123,8 @@ def test_megatron_counts_from_the_rollout_itself(tmp_path: Path) -> None:
 def test_a_checkpoint_of_the_other_backend_is_refused(theirs: str, ours: str, tmp_path: Path) -> None:
     own = resume.new_meta(4, steps=10, weight_version=6, world_size=1, seed=7, backend=theirs)
     resume.write(tmp_path, own, lambda f: _write(f / "model.txt", "weights"), lambda: None)
-    with pytest.raises(CheckpointError, match=f"--train-backend {theirs}, this run has --train-backend {ours}.*save-hf"):
+    says = f"--train-backend {theirs}, this run has --train-backend {ours}.*save-hf"
+    with pytest.raises(CheckpointError, match=says):
         resume.find(str(tmp_path), backend=ours)
 
 
@@ -146,7 +147,7 @@ def test_weights_of_one_of_several_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 9)
     assert weights_folder(str(tmp_path), None, flag="--ref-load").name == "iter_0000010"
     assert weights_folder(str(tmp_path), 5, flag="--ref-load").name == "iter_0000005"
-    with pytest.raises(CheckpointError, match="--ref-load .*found no iter_0000006 in it"):
+    with pytest.raises(CheckpointError, match=r"--ref-load .*found no iter_0000006 in it"):
         weights_folder(str(tmp_path), 6, flag="--ref-load")
 
 

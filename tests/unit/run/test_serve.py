@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from miles.engine.client import post
+from miles.engine.calls import post
 from miles.engine.embedded.engine import EmbeddedEngine
 from miles.errors import FlagError
 from miles.rollout.loop_thread import run
@@ -55,7 +55,7 @@ def test_nothing_heavy_is_imported_before_the_first_client() -> None:
     """In a fresh interpreter; `post` of this process reaches the engine without the server."""
     code = f"""
 import sys, urllib.request
-from miles.engine.client import post
+from miles.engine.calls import post
 from miles.engine.embedded.engine import EmbeddedEngine
 from miles.rollout.loop_thread import run
 from miles.run.serve import on_loopback
@@ -98,10 +98,10 @@ def test_a_busy_port_is_named(engine: EmbeddedEngine) -> None:
         taken.listen(1)
         port = taken.getsockname()[1]
         with pytest.raises(
-            FlagError, match=rf"--sglang-router-port: port {port} of 127\.0\.0\.1 cannot be used"
+            FlagError, match=rf"--sglang-router-port: expected a port that is free on 127\.0\.0\.1 .*got {port}"
         ) as caught, on_loopback(engine, port):
             pass
-    assert "Name another port, or leave the flag out" in str(caught.value)
+    assert "Choose another port" in str(caught.value)
 
 
 def test_only_this_machine_is_served(engine: EmbeddedEngine) -> None:

@@ -145,10 +145,10 @@ def check_names(folder: Folder, layout: ModelLayout) -> None:
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
         shown = problems[:PROBLEMS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        own = "its config.json" if folder.flag == "--hf-checkpoint" else "the config.json of --hf-checkpoint"
         raise CheckpointError(
             f"{folder.flag} {folder.path}: the weights are not those of the model that is trained "
             f"({layout.model.family.architecture}):\n  "
             + "\n  ".join(shown)
-            + f"\nGive a folder whose config.json and *.safetensors belong together and fit the model of "
-            f"--hf-checkpoint, or another {folder.flag}."
+            + f"\nGive a folder whose *.safetensors are those of {own}."
         )

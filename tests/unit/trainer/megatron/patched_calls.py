@@ -27,6 +27,7 @@ from miles.trainer.megatron import cpu
 # After `cpu`, which patches what these import.
 from megatron.core import parallel_state as mpu  # isort: skip
 from megatron.core import tensor_parallel  # isort: skip
+from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank  # isort: skip
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed  # isort: skip
 from miles.trainer.megatron.backend import MegatronBackend  # isort: skip
 from miles.trainer.megatron.ranks import make_groups  # isort: skip
@@ -105,22 +106,16 @@ class Calls:
         """Experts on two ranks."""
         self._train(self._backend(MOE, *EP))
 
+    def positioned(self) -> None:
+        """Megatron's own rotary positions under context parallelism, which a model of the user's own may have."""
+        self._groups()
+        angles = get_pos_emb_on_this_cp_rank(torch.arange(4.0)[:, None], 0, mpu.get_context_parallel_group())
+        assert angles.flatten().tolist() == [0, 1, 2, 3]
+
     def saved(self) -> None:
         backend = self._backend(DENSE)
-        self._train(backend)
-        folder = self._fresh_folder()
-        backend.save(folder, with_optimizer=True)
+        backend.save(Path(tempfile.mkdtemp(dir=self.folder)), with_optimizer=False)
         backend.finish_saving()
-
-    def loaded(self) -> None:
-        backend = self._backend(DENSE)
-        folder = self._fresh_folder()
-        backend.save(folder, with_optimizer=False)
-        backend.finish_saving()
-        backend.load(folder, with_optimizer=False)
-
-    def _fresh_folder(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.folder))
 
     def _config(self, model: str, *flags: str) -> Any:
         return parse(
@@ -166,14 +161,13 @@ NEEDED_BY: dict[str, Call] = {
     "torch.cuda.current_device": Call(Calls.built),
     "torch.cuda.synchronize": Call(Calls.saved),
     "torch.cuda.current_stream": Call(Calls.routed),
-    "torch.cuda.stream": Call(Calls.routed),
     "torch.cuda.Stream": Call(Calls.routed),
     "torch.cuda.get_rng_state": Call(Calls.seeded),
     "torch.cuda.random.get_rng_state": Call(Calls.recomputed),
     "torch.cuda.manual_seed": Call(Calls.seeded),
     "torch.tensor": Call(Calls.stepped),
+    "torch.tensor, in pinned memory": Call(Calls.positioned),
     "torch.zeros": Call(Calls.stepped),
-    "torch.empty": Call(Calls.loaded),
     "Tensor.cuda": Call(Calls.staged, ranks=2),
     "Tensor.type": Call(Calls.built),
     "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu": Call(Calls.divided, ranks=2),
@@ -206,6 +200,7 @@ def with_gap(module: str, name: str) -> Iterator[None]:
 def rows() -> dict[str, Any]:
     """Name -> a context in which the row is undone."""
     made = {str(patch): without(patch) for patch in cpu.PATCHES}
+    made |= {name: without(patch) for name in NEEDED_BY for patch in cpu.PATCHES if name.startswith(f"{patch}, ")}
     for module, name, make in cpu.IN_MEGATRON:
         made[f"{module}.{name}"] = without(cpu.Patch(importlib.import_module(module), name, make))
     return made | {f"{module}.{name}": with_gap(module, name) for module, name in cpu.GAPS}
@@ -221,14 +216,16 @@ def outcome(call: Call, folder: Path) -> list[str]:
     """What went wrong on the ranks that make the call, each a child of this process that nothing has used before."""
     store = Path(tempfile.mkdtemp(dir=folder)) / "store"
     ends = [FORK.Pipe(duplex=False) for _ in range(call.ranks)]
-    children = [FORK.Process(target=attempt, args=(call, rank, folder, store, end)) for rank, (_, end) in enumerate(ends)]
+    children = [
+        FORK.Process(target=attempt, args=(call, rank, folder, store, end)) for rank, (_, end) in enumerate(ends)
+    ]
     for child in children:
         child.start()
     found = []
     for child, (told, _) in zip(children, ends, strict=True):
         found.append(told.recv() if told.poll(TIMEOUT_S) else "it did not come back")
+        child.join(TIMEOUT_S)
         child.kill()
-        child.join()
     return [text for text in found if text is not None]
 
 

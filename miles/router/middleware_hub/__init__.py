@@ -1,0 +1,1 @@
+"""Middlewares that come with miles. Each is named by its path in --miles-router-middleware-paths."""
