@@ -18,6 +18,7 @@ from miles.engine.member import Member
 from miles.engine.protocol import Json
 from miles.errors import EngineError
 
+ROUTING_KEY = "x-miles-routing-key"
 # Pause before a request is sent again; between two looks at whether anybody serves.
 PAUSE_S = 0.2
 # Answers that say nothing about the request: nobody serves, the way is broken, too much at once.
@@ -36,12 +37,13 @@ class FleetClient:
     async def generate(self, payload: Json) -> Any:
         """POST /generate through the router."""
         deadline = time.monotonic() + self.timeout_s
+        headers = bearer() | _affinity(payload)
         failures = 0
         while True:
             self.fleet.raise_failure()
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    return await request_json("post", f"{self.base_url}/generate", payload, headers=bearer())
+                    return await request_json("post", f"{self.base_url}/generate", payload, headers=headers)
             except TimeoutError:
                 raise self._too_late("an answer", "") from None
             except EngineError as error:
@@ -105,3 +107,14 @@ class FleetClient:
 
     async def healthy(self) -> bool:
         return self.fleet.is_ready
+
+
+def _affinity(payload: Json) -> dict[str, str]:
+    """Answers to the same prompt go to the same engine, which then computes its keys and values once."""
+    prompt = payload.get("input_ids") or payload.get("text")
+    if isinstance(prompt, list):
+        prompt = tuple(prompt)
+    try:
+        return {ROUTING_KEY: f"{hash(prompt):x}"} if prompt else {}
+    except TypeError:  # a batch
+        return {}

@@ -33,6 +33,7 @@ class Fake:
         self.version, self.answers = "default", answers
         self.asked: list[tuple[str, Any]] = []
         self.tokens: set[str | None] = set()
+        self.keys: list[str | None] = []
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,6 +48,8 @@ class Fake:
                 path = self.path.partition("?")[0].strip("/")
                 fake.asked.append((path, body))
                 fake.tokens.add(self.headers.get("Authorization"))
+                if path == "generate":
+                    fake.keys.append(self.headers.get("x-miles-routing-key"))
                 answer = fake.answers.get(path, {})
                 status = answer if isinstance(answer, int) else 200
                 if status == 200 and path == "update_weights_from_shared_memory":
@@ -122,6 +125,18 @@ def test_servers_of_others_get_the_token(monkeypatch: pytest.MonkeyPatch) -> Non
         eventually(lambda: "health_generate" in [path for path, _ in engine.asked])
     assert engine.tokens == router.tokens == {"Bearer of the cluster"}
     assert "generate" in router.paths() and "abort_request" in engine.paths()
+
+
+def test_answers_to_one_prompt_share_a_routing_key() -> None:
+    prompts: list[dict[str, Any]] = [{"input_ids": [5, 6]}, {"input_ids": [5, 6]}, {"input_ids": [5, 7]}]
+    prompts += [{"text": "a"}, {"text": "a"}, {"input_ids": [[5], [6]]}]
+    with fleet_of(Fake()) as (fleet, router):
+        fleet.start()
+        client = FleetClient(fleet, timeout_s=20)
+        for prompt in prompts:
+            asyncio.run(client.generate(prompt))
+        a, b, c, d, e, batch = router.keys
+    assert a == b and d == e and len({a, c, d}) == 3 and None not in (a, c, d) and batch is None
 
 
 def test_memory_is_away_until_the_next_update() -> None:
