@@ -8,8 +8,10 @@ that did not come to an end. Code that is inside a C function is interrupted whe
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from types import FrameType, TracebackType
 from typing import Any
@@ -49,6 +51,24 @@ def limited(
 LIMITED_CODE = limited.__code__
 
 
+@contextmanager
+def frames_at_rest() -> Iterator[None]:
+    """For reading frames of other threads, and of what is reached from them.
+
+    Up to CPython 3.11 making the object of a frame may start a garbage collection. A finalizer in it may let the other
+    thread go on, which then leaves the very frame. (CPython 3.11.5 has this for `sys._current_frames` alone, gh-106883;
+    3.12 collects between bytecodes only.)
+    """
+    if sys.version_info >= (3, 12) or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def frames_of(frame: FrameType | None) -> Iterator[FrameType]:
     """From the innermost outwards."""
     while frame is not None:
@@ -59,6 +79,7 @@ def frames_of(frame: FrameType | None) -> Iterator[FrameType]:
 def stack_of(thread_id: int) -> TracebackType | None:
     """Where that thread is at this moment, as a traceback; None where it has ended."""
     stack: TracebackType | None = None
-    for frame in frames_of(sys._current_frames().get(thread_id)):
-        stack = TracebackType(stack, frame, frame.f_lasti, frame.f_lineno or 0)
+    with frames_at_rest():
+        for frame in frames_of(sys._current_frames().get(thread_id)):
+            stack = TracebackType(stack, frame, frame.f_lasti, frame.f_lineno or 0)
     return stack

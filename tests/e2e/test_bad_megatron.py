@@ -177,7 +177,6 @@ def test_the_batches_are_odd(one_process: Path) -> None:
 
 WITHOUT_MEANING = (
     "--sglang-mem-fraction-static 0.7",
-    "--colocate",
     "--use-rotary-position-embeddings",
     "--attention-backend flash",
     "--expert-tensor-parallel-size",

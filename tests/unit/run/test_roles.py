@@ -141,15 +141,12 @@ def test_rollout_role_hands_over_to_its_manager() -> None:
 
     async def go() -> None:
         await role.load(-1)
-        await role.onload()
         await role.evaluate(0)
         await role.generate(0)
-        await role.offload()
         await role.save(0)
 
     asyncio.run(go())
     role.close()
     assert calls == [
-        ("load", -1, "rollout"), ("onload", "rollout"), ("eval", 0, "rollout"), ("generate", 0, "rollout"),
-        ("offload", "rollout"), ("save", 0, "rollout"),
+        ("load", -1, "rollout"), ("eval", 0, "rollout"), ("generate", 0, "rollout"), ("save", 0, "rollout"),
     ]  # fmt: skip
