@@ -16,10 +16,10 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 K ?=
 PYTEST_ARGS := $(if $(K),-k "$(K)") $(if $(SLOW),,-m "not slow")
-# Without K, most files run in two processes of one thread each. Alone run those whose ranks fill the cores, and those
-# of the plug points, the last of which asks what the others have called.
+# Without K, files run in two processes of one thread each. Together in one run those of the plug points, the last of
+# which asks what the others have called.
 WORKERS ?= 2
-ALONE := tests/hooks tests/parallel
+TOGETHER := tests/hooks
 
 .PHONY: quickstart test check bench conformance base clean
 
@@ -30,8 +30,8 @@ test: $(INSTALLED_DEV)
 ifdef K
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -n $(WORKERS) --dist loadfile $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ALONE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) -n $(WORKERS) --dist loadfile --ignore=$(TOGETHER)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TOGETHER)
 endif
 
 check: $(INSTALLED_DEV)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
+from rank_programs import ROOT
 
 from miles.__main__ import main
 from miles.observe.record import read_metrics

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bridge_cases import BUCKET, CASES, make_models
-from conftest import run_ranks
+from rank_programs import run_ranks
 from safetensors.torch import load_file
 
 BOUND = 1e-5

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_ranks
+from rank_programs import run_ranks
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_ranks
 from megatron_cases import CASES, FAMILIES, PPO, Case, make_models, run
 from parallel_cases import PER_STEP, STEPS, VOCABULARY, Trace, rollout
+from rank_programs import run_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -10,10 +10,10 @@ from typing import Any
 import megatron_plug_in_cases
 import pytest
 import torch
-from conftest import run_ranks
 from megatron_plug_in_cases import CASES, ROLLOUTS, run
 from megatron_plug_ins import REFUSED
 from parallel_cases import STEPS, make_model
+from rank_programs import run_ranks
 
 pytest.importorskip("megatron.core")
 

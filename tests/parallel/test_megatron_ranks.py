@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from rank_programs import ROOT
 from rank_runs import (
     PLUG_INS,
     SECONDS_TO_END,

@@ -9,8 +9,8 @@ from pathlib import Path
 import loss_cases
 import pytest
 import torch
-from conftest import run_ranks
 from loss_cases import CASES, LAYOUTS, VOCABULARY, Result
+from rank_programs import run_ranks
 
 # In bfloat16 each rank rounds its part of the gradient.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
