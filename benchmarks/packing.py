@@ -21,8 +21,9 @@ from statistics import median
 
 import numpy as np
 import torch
+from tiny_model import VOCABULARY, write_tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from miles.batch import PackedBatch, TrainBatch, by_tokens, from_published_dict, pack
@@ -32,24 +33,8 @@ from miles.run.host import keep_freed_memory
 from miles.trainer.backend import MicroLoss, ModelOutput
 from miles.trainer.fsdp.backend import FsdpBackend
 
-VOCABULARY, MEDIAN, LONGEST, PADDED_ROWS, BUDGET = 2048, 128, 2048, 8, 4096
+MEDIAN, LONGEST, PADDED_ROWS, BUDGET = 128, 2048, 8, 4096
 GOAL = 1.5
-
-
-def make_model(folder: str) -> None:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=384,
-        max_position_embeddings=LONGEST,
-        tie_word_embeddings=True,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
 def make_batch(samples: int, sigma: float) -> TrainBatch:
@@ -134,7 +119,7 @@ def main() -> int:
     disable_progress_bar()
     batch = make_batch(given.samples, given.sigma)
     with tempfile.TemporaryDirectory() as folder:
-        make_model(folder)
+        write_tiny_model(folder, context=LONGEST)
         padded, packed = Padded(folder, batch), Packed(folder, batch)
     rounds = [(seconds_of(padded.step), seconds_of(packed.step)) for _ in range(given.rounds + 1)][1:]
     lengths, tokens = batch.total_lengths, len(batch.tokens)

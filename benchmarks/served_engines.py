@@ -20,45 +20,31 @@ import time
 from pathlib import Path
 
 import httpx
+from tiny_model import VOCABULARY, write_tiny_model
 
 from miles.config.parse import parse
 from miles.engine.process import ServerProcess, child_environment, free_port, wait_until_it_answers
 from miles.engine.sglang import find_python, server_command
 
-PROMPT, ANSWER, VOCAB, ROUNDS, START_S = 32, 128, 2048, 3, 600.0
+PROMPT, ANSWER, ROUNDS, START_S = 32, 128, 3, 600.0
 FILLING = ["--prompt-data", "none", "--num-rollout", "1", "--rollout-batch-size", "1", "--n-samples-per-prompt", "1"]
 FILLING += ["--global-batch-size", "1", "--debug-rollout-only", "--rollout-engine", "sglang"]
 FILLING += ["--sglang-dtype", "float32", "--sglang-context-length", "256"]
 
 
 def write_model(folder: Path) -> Path:
-    import torch
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=384,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    write_tiny_model(folder, context=256, eos_token_id=1, bos_token_id=None)
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t1", pad_token="t0").save_pretrained(folder)
     return folder
 
 
 async def tokens_per_second(url: str, concurrency: int, requests: int) -> float:
     rng = random.Random(concurrency)
-    prompts = [[rng.randrange(2, VOCAB) for _ in range(PROMPT)] for _ in range(requests)]
+    prompts = [[rng.randrange(2, VOCABULARY) for _ in range(PROMPT)] for _ in range(requests)]
     params = {"max_new_tokens": ANSWER, "ignore_eos": True, "temperature": 1.0}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # SGLang, when busy, closes idle ones
     async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=False) as client:

@@ -70,16 +70,16 @@ def frames_at_rest() -> Iterator[None]:
 
 
 def frames_of(frame: FrameType | None) -> Iterator[FrameType]:
-    """From the innermost outwards."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+    """From the innermost outwards. They stay at rest until the iteration ends."""
+    with frames_at_rest():
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
 
 
 def stack_of(thread_id: int) -> TracebackType | None:
     """Where that thread is at this moment, as a traceback; None where it has ended."""
     stack: TracebackType | None = None
-    with frames_at_rest():
-        for frame in frames_of(sys._current_frames().get(thread_id)):
-            stack = TracebackType(stack, frame, frame.f_lasti, frame.f_lineno or 0)
+    for frame in frames_of(sys._current_frames().get(thread_id)):
+        stack = TracebackType(stack, frame, frame.f_lasti, frame.f_lineno or 0)
     return stack

@@ -33,7 +33,7 @@ from typing import Any
 from miles.hooks.bind import Hooks
 from miles.hooks.call import Hook
 from miles.hooks.frozen import FrozenAlarm
-from miles.hooks.limits import LIMITED_CODE, TookTooLong, frames_at_rest, frames_of, interrupt, stack_of
+from miles.hooks.limits import LIMITED_CODE, TookTooLong, frames_of, interrupt, stack_of
 from miles.hooks.source import Place, own_place
 from miles.hooks.threads import THREAD_NAME
 from miles.hooks.waiting import waiting_calls
@@ -68,26 +68,24 @@ class Call:
 
 def innermost_call(frame: FrameType | None) -> Call | None:
     """The last call of the door on a stack that has not returned yet."""
-    with frames_at_rest():
-        for f in frames_of(frame):
-            if f.f_code is LIMITED_CODE:
-                known = f.f_locals
-                if known.get("done") is None and "begin" in known:
-                    return Call(known["owner"], known["args"], known["kwargs"], known["begin"])
-            elif f.f_code is _AWAITED_CODE:
-                known = f.f_locals
-                return Call(known["self"], known["args"], known["kwargs"], None)
+    for f in frames_of(frame):
+        if f.f_code is LIMITED_CODE:
+            known = f.f_locals
+            if known.get("done") is None and "begin" in known:
+                return Call(known["owner"], known["args"], known["kwargs"], known["begin"])
+        elif f.f_code is _AWAITED_CODE:
+            known = f.f_locals
+            return Call(known["self"], known["args"], known["kwargs"], None)
     return None
 
 
 def _task_of(frame: FrameType | None) -> int:
     """Which task (or callback) an event loop runs: the identity of its outermost frame; 0 for none."""
     inner = 0
-    with frames_at_rest():
-        for f in frames_of(frame):
-            if f.f_code is _HANDLE_CODE:
-                return inner
-            inner = id(f)
+    for f in frames_of(frame):
+        if f.f_code is _HANDLE_CODE:
+            return inner
+        inner = id(f)
     return 0
 
 

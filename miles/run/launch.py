@@ -48,6 +48,7 @@ from miles.run.roles import RolloutRole, TrainRole
 from miles.run.watch import Watch
 from miles.trainer.actor import Restoring
 from miles.trainer.schedule import schedule_of
+from miles.trainer.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -234,28 +235,14 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
     args.start_rollout_id = start_rollout_id
     manager = RolloutManager(config, args, hooks, client, tracker, record, dp_size=lambda: config.layout.dp_size)
     per_epoch = manager.num_rollout_per_epoch() if config.data.num_epoch is not None else None
-    num_rollout = config.data.num_rollout
-    if num_rollout is None:
-        assert per_epoch is not None and config.data.num_epoch is not None
-        num_rollout = per_epoch * config.data.num_epoch
-    args.num_rollout = num_rollout
+    num_rollout = args.num_rollout = _num_rollout(config, per_epoch)
 
     trainer = None
     if loaded is not None:
         schedule = schedule_of(config.optimizer, num_rollout * (config.data.steps_per_rollout or 1))
         given = trainers.Surroundings(args, hooks, tracker, schedule, generators.target, clock.optimizer_step)
         trainer = loaded.role(given)
-        with_optimizer = meta is not None and not config.checkpoint.no_load_optim
-        if config.algorithm.use_critic:
-            critic_folder = resume.critic_folder(config.checkpoint, checkpoint, backend=backend)
-            if critic_folder is not None:
-                trainer.trainer.restore_critic(critic_folder, with_optimizer=with_optimizer)
-        if checkpoint is not None:
-            how = Restoring(with_optimizer=with_optimizer, weights_alone=True)
-            if meta is not None:
-                # The update before the first rollout counts the version up to what it was.
-                how = Restoring(meta.weight_version - 1, meta.global_step, with_optimizer=with_optimizer)
-            trainer.trainer.restore(checkpoint.folder, how)
+        _restore(trainer.trainer, config, checkpoint, meta)
         stack.callback(trainer.close)
     manager.load(start_rollout_id - 1)
     if checkpoint is not None and meta is not None:
@@ -282,6 +269,31 @@ def _build(config: RunConfig, args: Namespace, hooks: Hooks, stack: ExitStack) -
         *(config, args, record, display, clock, watch, rollout, trainer, start_rollout_id, num_rollout, per_epoch),
         offloaded=generators.target if offloads else None,
     )
+
+
+def _num_rollout(config: RunConfig, per_epoch: int | None) -> int:
+    if config.data.num_rollout is not None:
+        return config.data.num_rollout
+    assert per_epoch is not None and config.data.num_epoch is not None
+    return per_epoch * config.data.num_epoch
+
+
+def _restore(
+    trainer: Trainer, config: RunConfig, checkpoint: resume.Checkpoint | None, meta: resume.Meta | None
+) -> None:
+    """What the trainer goes on with; without `meta` the weights alone."""
+    with_optimizer = meta is not None and not config.checkpoint.no_load_optim
+    if config.algorithm.use_critic:
+        backend = config.train.train_backend
+        critic_folder = resume.critic_folder(config.checkpoint, checkpoint, backend=backend)
+        if critic_folder is not None:
+            trainer.restore_critic(critic_folder, with_optimizer=with_optimizer)
+    if checkpoint is not None:
+        how = Restoring(with_optimizer=with_optimizer, weights_alone=True)
+        if meta is not None:
+            # The update before the first rollout counts the version up to what it was.
+            how = Restoring(meta.weight_version - 1, meta.global_step, with_optimizer=with_optimizer)
+        trainer.restore(checkpoint.folder, how)
 
 
 def anchored(config: RunConfig, args: Namespace) -> RunConfig:

@@ -99,6 +99,13 @@ def eventually(holds: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+def start_and_lose(fleet: Fleet, late: Fake) -> None:
+    """Of two engines that serve, `late` is unwell until its `answers` are others."""
+    fleet.start()
+    late.answers = {"health": 503, "health_generate": 503}
+    eventually(lambda: len(fleet.serving) == 1)
+
+
 def test_an_update_pauses_delivers_confirms_and_continues() -> None:
     engine = Fake()
     with fleet_of(engine) as (fleet, router):
@@ -162,9 +169,7 @@ def test_memory_is_away_until_the_next_update() -> None:
 def test_who_starts_while_memory_is_away_gives_its_own_back_too() -> None:
     good, late = Fake(), Fake()
     with fleet_of(good, late, tolerant=True) as (fleet, _):
-        fleet.start()
-        late.answers = {"health": 503, "health_generate": 503}
-        eventually(lambda: len(fleet.serving) == 1)
+        start_and_lose(fleet, late)
         fleet.release_memory()
         late.answers = {}
         eventually(lambda: "release_memory_occupation" in late.paths())
@@ -204,9 +209,7 @@ def test_who_serves_another_version_than_it_says_is_left_out() -> None:
 def test_nobody_is_admitted_while_weights_are_written() -> None:
     good, late = Fake(), Fake()
     with fleet_of(good, late, tolerant=True) as (fleet, _):
-        fleet.start()
-        late.answers = {"health": 503, "health_generate": 503}
-        eventually(lambda: len(fleet.serving) == 1)
+        start_and_lose(fleet, late)
         fleet.suspend()
         late.answers = {}
         eventually(lambda: [p for p, _ in late.asked].count("health") >= 3 and fleet.members[1].state is State.STARTING)
